@@ -1,0 +1,1 @@
+"""The maths of quantization: no models, no files."""

@@ -1,0 +1,204 @@
+"""The one definition of the configuration (params.yaml and the overlays in experiments/).
+
+Snakemake validates its `config` here and gets every rule's settings from here, DVC reads the same params.yaml, and
+`halftone schema` prints the JSON Schema. Torch-free, so that the workflow parses fast.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from halftone.errors import UserError
+from halftone.quantizers.bits import Bits
+from halftone.recipes import FULL_PRECISION, Axes, resolve
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Protocol(StrEnum):
+    """Which sites a scenario quantizes: the same for every recipe, or those of the recipe's authors."""
+
+    EQUAL = "equal"
+    PAPER = "paper"
+
+
+class PromptSet(StrEnum):
+    CALIBRATION = "calibration"
+    VALIDATION = "validation"
+    TEST = "test"
+    UNSEEN = "unseen"
+
+
+class Budget(StrEnum):
+    """How much block reconstruction may cost, as a share of the published schedule."""
+
+    SMOKE = "smoke"
+    FAST = "fast"
+    STANDARD = "standard"
+
+
+class Model(_Section):
+    path: str = Field(description="diffusers folder, hub id, or single .safetensors file")
+    revision: str | None = Field(None, description="hub revision; needed for a hub id")
+    steps: int = Field(25, ge=1, le=1000, description="inference steps of the sampler")
+    guidance: float = Field(7.5, ge=0, le=50, description="classifier-free guidance scale")
+    resolution: int = Field(64, ge=8, le=4096, multiple_of=8, description="image height and width, in pixels")
+
+
+class Tier(_Section):
+    prompts: PromptSet = Field(description="prompt set that images are sampled for")
+    n_images: int = Field(ge=1, le=100_000, description="images per row and seed set")
+
+
+class Calibration(_Section):
+    n_prompts: int = Field(16, ge=1, le=10_000, description="calibration prompts used, from the top of the file")
+    batch_size: int = Field(16, ge=1, le=4096, description="prompts per denoiser call")
+
+
+class Reconstruction(_Section):
+    budget: Budget = Field(Budget.FAST, description="iterations as a share of the published schedule")
+    batch_size: int = Field(32, ge=1, le=4096, description="samples per iteration")
+    cache_mib: int = Field(2048, ge=16, description="memory for a unit's cached inputs and outputs; more spills to disk")
+
+
+class Sampling(_Section):
+    batch_size: int = Field(32, ge=1, le=4096, description="images per sampler run")
+    shard_size: int = Field(256, ge=1, description="images per job; larger rows are sampled in shards")
+    seed_a: int = Field(1, ge=0, description="seed set A: the reference noise")
+    seed_b: int = Field(2, ge=0, description="seed set B: disjoint noise, for unpaired figures and the floor")
+
+
+class Metrics(_Section):
+    features: str = Field("scenes", pattern=r"^(scenes|inception)$", description="feature network of FID and KID")
+    clip: str = Field("scenes", description="`scenes`, or an open_clip model as ARCHITECTURE/WEIGHTS")
+    bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples of paired intervals")
+
+
+def _bits(text: str | None) -> str | None:
+    return None if text is None else str(Bits.parse(text))
+
+
+class Scenario(_Section):
+    model: str
+    recipe: str
+    bits: Annotated[str | None, AfterValidator(_bits)] = Field(None, description="w4a8, or w4a4s8")
+    protocol: Protocol = Protocol.EQUAL
+    tier: str
+    axes: dict[str, Any] = Field(default_factory=dict, description="axes of the recipe to override")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Scenario:
+        if self.recipe == FULL_PRECISION:
+            if self.bits or self.axes:
+                raise ValueError("the full-precision row takes no bits and no axes")
+        else:
+            resolve(self.recipe, self.axes)
+            if self.bits is None:
+                raise ValueError("bits are missing: write for example bits: w4a8")
+        return self
+
+    @property
+    def quantized(self) -> bool:
+        return self.recipe != FULL_PRECISION
+
+    def resolved_axes(self) -> Axes:
+        return resolve(self.recipe, self.axes)
+
+
+class Settings(_Section):
+    seed: int = Field(0, ge=0, description="seed of everything that is not image noise")
+    tier: str = Field(description="which rows the default target builds")
+    models: dict[str, Model] = Field(min_length=1)
+    prompts: dict[PromptSet, str]
+    tiers: dict[str, Tier]
+    calibration: Calibration = Calibration()
+    reconstruction: Reconstruction = Reconstruction()
+    sampling: Sampling = Sampling()
+    metrics: Metrics = Metrics()
+    scenarios: dict[str, Scenario] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        for name in [*self.models, *self.tiers, *self.scenarios]:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+                raise ValueError(f"id {name!r}: use lower-case letters, digits, '-' and '_' only")
+        if self.tier not in self.tiers:
+            raise ValueError(f"tier {self.tier!r} is not among tiers: {', '.join(self.tiers)}")
+        if PromptSet.CALIBRATION not in self.prompts:
+            raise ValueError("prompts.calibration is missing: name the file of calibration prompts")
+        for name, tier in self.tiers.items():
+            if tier.prompts not in self.prompts:
+                raise ValueError(f"tiers.{name}.prompts: prompts.{tier.prompts} names no file")
+        for name, scenario in self.scenarios.items():
+            if scenario.model not in self.models:
+                raise ValueError(f"scenarios.{name}.model {scenario.model!r} is not among models")
+            if scenario.tier not in self.tiers:
+                raise ValueError(f"scenarios.{name}.tier {scenario.tier!r} is not among tiers")
+        for model, tier_name in {(s.model, s.tier) for s in self.scenarios.values()}:
+            rows = [s for s in self.scenarios.values() if (s.model, s.tier) == (model, tier_name)]
+            if sum(not s.quantized for s in rows) != 1:
+                raise ValueError(f"tier {tier_name!r} needs exactly one scenario with recipe fp for model {model!r}")
+        return self
+
+    def rows(self, tier: str | None = None) -> list[str]:
+        """Scenario ids of a tier (the selected one by default), in the order of the file."""
+        return [name for name, s in self.scenarios.items() if s.tier == (tier or self.tier)]
+
+    def reference(self, scenario: str) -> str:
+        """Id of the full-precision scenario that `scenario` is measured against."""
+        mine = self.scenarios[scenario]
+        return next(
+            name
+            for name, s in self.scenarios.items()
+            if not s.quantized and (s.model, s.tier) == (mine.model, mine.tier)
+        )
+
+    def shards(self, scenario: str) -> int:
+        n_images = self.tiers[self.scenarios[scenario].tier].n_images
+        return -(-n_images // self.sampling.shard_size)
+
+
+def validate(config: Mapping[str, Any], source: str = "params.yaml") -> Settings:
+    """Settings from a plain mapping. Raises UserError: one line naming the file, the key and the remedy."""
+    try:
+        return Settings.model_validate(dict(config))
+    except ValidationError as fault:
+        raise UserError("; ".join(_explain(source, error) for error in fault.errors()[:3])) from None
+
+
+def _explain(source: str, error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"] if part != "[key]")
+    where = f"{source}: {key}" if key else source
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key; remove it or check its spelling"
+    if error["type"] == "missing":
+        return f"{where}: missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+    return f"{where}: {message}{shown}"
+
+
+def load(path: Path | str = "params.yaml") -> Settings:
+    """Settings from a YAML file. Raises UserError."""
+    path = Path(path)
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as fault:
+        raise UserError(f"{path}: not UTF-8 text (byte {fault.start}); save it as UTF-8") from None
+    except yaml.YAMLError as fault:
+        raise UserError(f"{path}: not valid YAML: {fault}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: must hold a mapping of settings")
+    return validate(config, str(path))
