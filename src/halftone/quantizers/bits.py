@@ -22,7 +22,9 @@ class Bits:
         """`w4a8` -> Bits(4, 8, 8). Raises ValueError for another form or a width outside 2..16."""
         match = _PATTERN.fullmatch(text)
         if match is None:
-            raise ValueError(f"bits {text!r}: write them as w4a8, or w4a4s8 for 8-bit attention probabilities")
+            raise ValueError(
+                f"bits {text!r}: write them as w4a8, or w4a4s8 for 8-bit attention probabilities"
+            )
         weight, activation, softmax = match.groups()
         bits = cls(int(weight), int(activation), int(softmax or activation))
         for name in ("weight", "activation", "softmax"):
