@@ -1,0 +1,103 @@
+"""Verbs that make ``scenes-t2i``: autoencoder, text, denoiser, export, sheet.
+
+``python -m halftone.scenes.train VERB``. Each reads and writes one working folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+Work = Annotated[Path, typer.Option(help="working folder: parts, latents, checkpoint, logs")]
+Threads = Annotated[int, typer.Option(help="torch threads", min=1)]
+WORK, MODEL = Path("build/scenes-t2i"), Path("data/models/scenes-t2i")
+verbs = typer.Typer(add_completion=False, no_args_is_help=True)
+
+
+@verbs.command()
+def autoencoder(
+    work: Work = WORK,
+    images: Annotated[int, typer.Option(help="training images")] = 56_000,
+    threads: Threads = 2,
+) -> None:
+    """Train the autoencoder."""
+    from halftone.scenes.autoencoder import train
+
+    torch.set_num_threads(threads)
+    train(work / "vae", work, images)
+
+
+@verbs.command()
+def text(
+    work: Work = WORK,
+    steps: Annotated[int, typer.Option(help="training steps")] = 800,
+    threads: Threads = 2,
+) -> None:
+    """Write the tokenizer and train the text encoder on text alone."""
+    from halftone.scenes.text_encoder import train
+    from halftone.scenes.tokenizer import write_tokenizer
+
+    torch.set_num_threads(threads)
+    train(work / "text_encoder", work, write_tokenizer(work / "tokenizer"), steps)
+
+
+@verbs.command()
+def denoiser(
+    work: Work = WORK,
+    images: Annotated[int, typer.Option(help="images seen when the learning rate reaches zero")] = 420_000,
+    batch: Annotated[int, typer.Option(help="images a step")] = 32,
+    bfloat16: Annotated[bool, typer.Option(help="bfloat16 autocast")] = True,
+    compiled: Annotated[bool, typer.Option(help="compile the denoiser first (two minutes)")] = False,
+    threads: Threads = 2,
+) -> None:
+    """Train the denoiser, or continue from the last checkpoint."""
+    from halftone.scenes.train_t2i import Plan, Trainer
+
+    torch.set_num_threads(threads)
+    Trainer(work, Plan(images=images, batch=batch, bfloat16=bfloat16, compiled=compiled)).run()
+
+
+@verbs.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="diffusers folder to write")] = Path(
+        "data/models/scenes-t2i"
+    ),
+    work: Work = WORK,
+) -> None:
+    """Write the averaged weights of the last checkpoint as a pipeline folder in half precision."""
+    from halftone.scenes.pipeline import save
+    from halftone.scenes.train_t2i import checkpoint_pipeline
+
+    pipe, images = checkpoint_pipeline(work)
+    save(pipe, folder)
+    typer.echo(f"{folder}: after {images} images")
+
+
+@verbs.command()
+def sheet(
+    path: Annotated[Path, typer.Argument(help="PNG to write")],
+    folder: Annotated[Path, typer.Option(help="pipeline folder")] = MODEL,
+    split: Annotated[str, typer.Option(help="prompt split")] = "validation",
+    count: Annotated[int, typer.Option(help="pictures", min=1)] = 32,
+    guidance: Annotated[float, typer.Option(help="guidance scale")] = 6.0,
+    threads: Threads = 1,
+) -> None:
+    """Draw the first prompts of a split as one picture."""
+    from diffusers import StableDiffusionPipeline
+
+    from halftone.scenes.pipeline import sample_sheet
+    from halftone.scenes.splits import draw
+
+    torch.set_num_threads(threads)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    captions = draw(split)[:count]
+    sample_sheet(pipe, captions, path, guidance=guidance)
+    typer.echo("\n".join(captions))
+
+
+if __name__ == "__main__":
+    verbs()
