@@ -33,7 +33,9 @@ def explain_disk_faults(path: Path) -> Iterator[None]:
         if remedy is None:
             raise
         raise UserError(f"cannot write {path}: {remedy}") from fault
-    except Exception as fault:  # safetensors reports a failed write as its own error type, with the errno in words
+    except (
+        Exception
+    ) as fault:  # safetensors reports a failed write as its own error type, with the errno in words
         text = str(fault)
         for number, remedy in _DISK_FAULTS.items():
             if f"os error {number}" in text:
@@ -82,7 +84,9 @@ def read_json(path: Path | str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise UserError(f"{path}: not valid JSON ({fault}); remove it and run the step that makes it") from None
+        raise UserError(
+            f"{path}: not valid JSON ({fault}); remove it and run the step that makes it"
+        ) from None
 
 
 def sha256(path: Path | str) -> str:

@@ -52,7 +52,9 @@ class Axes(BaseModel):
     weight_range: Range = Field(Range.MINMAX, description="range of each output channel's weights")
     activation_range: Range = Field(Range.MINMAX, description="range of an activation")
     percentile: float = Field(99.99, gt=50, le=100, description="of `percentile` ranges, in percent")
-    time_axis: TimeAxis = Field(TimeAxis.SHARED, description="activation parameters shared over calls or per call")
+    time_axis: TimeAxis = Field(
+        TimeAxis.SHARED, description="activation parameters shared over calls or per call"
+    )
     rounding: Rounding = Field(Rounding.NEAREST, description="nearest, or learned by block reconstruction")
     unit_input: UnitInput = Field(UnitInput.QUANTIZED_PREFIX, description="inputs of block reconstruction")
 
@@ -71,5 +73,7 @@ def resolve(recipe: str, overrides: dict[str, Any] | None = None) -> Axes:
     Raises ValueError (pydantic's ValidationError is one) for an unknown preset, axis or value.
     """
     if recipe not in PRESETS:
-        raise ValueError(f"recipe {recipe!r} is unknown: choose one of {', '.join([FULL_PRECISION, *PRESETS])}")
+        raise ValueError(
+            f"recipe {recipe!r} is unknown: choose one of {', '.join([FULL_PRECISION, *PRESETS])}"
+        )
     return Axes.model_validate({**PRESETS[recipe].model_dump(), **(overrides or {})})

@@ -60,14 +60,18 @@ class Tier(_Section):
 
 
 class Calibration(_Section):
-    n_prompts: int = Field(16, ge=1, le=10_000, description="calibration prompts used, from the top of the file")
+    n_prompts: int = Field(
+        16, ge=1, le=10_000, description="calibration prompts used, from the top of the file"
+    )
     batch_size: int = Field(16, ge=1, le=4096, description="prompts per denoiser call")
 
 
 class Reconstruction(_Section):
     budget: Budget = Field(Budget.FAST, description="iterations as a share of the published schedule")
     batch_size: int = Field(32, ge=1, le=4096, description="samples per iteration")
-    cache_mib: int = Field(2048, ge=16, description="memory for a unit's cached inputs and outputs; more spills to disk")
+    cache_mib: int = Field(
+        2048, ge=16, description="memory for a unit's cached inputs and outputs; more spills to disk"
+    )
 
 
 class Sampling(_Section):
@@ -78,7 +82,9 @@ class Sampling(_Section):
 
 
 class Metrics(_Section):
-    features: str = Field("scenes", pattern=r"^(scenes|inception)$", description="feature network of FID and KID")
+    features: str = Field(
+        "scenes", pattern=r"^(scenes|inception)$", description="feature network of FID and KID"
+    )
     clip: str = Field("scenes", description="`scenes`, or an open_clip model as ARCHITECTURE/WEIGHTS")
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples of paired intervals")
 
@@ -146,7 +152,9 @@ class Settings(_Section):
         for model, tier_name in {(s.model, s.tier) for s in self.scenarios.values()}:
             rows = [s for s in self.scenarios.values() if (s.model, s.tier) == (model, tier_name)]
             if sum(not s.quantized for s in rows) != 1:
-                raise ValueError(f"tier {tier_name!r} needs exactly one scenario with recipe fp for model {model!r}")
+                raise ValueError(
+                    f"tier {tier_name!r} needs exactly one scenario with recipe fp for model {model!r}"
+                )
         return self
 
     def rows(self, tier: str | None = None) -> list[str]:

@@ -1,0 +1,217 @@
+"""Activation parameters from the reference trajectory (static calibration).
+
+At every call the wrapped denoiser, its weights quantized, is run on the full-precision trajectory's inputs
+while all sites observe in float. Ranges are kept per call or shared over the calls, as `axes.time_axis`
+says. (Q-Diffusion and DGQ, without the pass through quantized activations upstream.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from halftone.calls import CallContext
+from halftone.errors import UserError
+from halftone.files import writing
+from halftone.layers import Mode, SiteQuantizer, set_mode
+from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
+from halftone.progress import Progress
+from halftone.quantizers.affine import AffineParams, fit_affine, fit_non_negative
+from halftone.quantizers.ranges import Estimator, MinMax, make_estimator
+from halftone.recipes import Axes, TimeAxis
+from halftone.trajectory import Trajectory, denoiser_inputs
+
+_COLUMNS = ("lo", "hi", "scale", "zero_point")
+
+
+def calibrate(
+    denoiser: nn.Module,
+    quantizers: Mapping[str, SiteQuantizer],
+    context: CallContext,
+    trajectory: Trajectory,
+    axes: Axes,
+    *,
+    batch_size: int,
+    checkpoint: Path | None = None,
+) -> ActivationParameters:
+    """Parameters of every site, also set in `quantizers`, whose mode is off afterwards.
+
+    denoiser: wrapped, its weights quantized already. batch_size: prompts per forward. checkpoint: a file
+    renewed after every call; the same arguments go on from it, with the same bits. The caller removes it.
+    Raises UserError naming site and call where a tensor holds NaN or infinite values.
+    """
+    walk = _Walk(quantizers, axes)
+    calls = trajectory.n_calls
+    mark = "" if checkpoint is None else _fingerprint(denoiser, quantizers, trajectory, axes, batch_size)
+    if checkpoint is not None:
+        walk.resume(checkpoint, mark)
+    progress = Progress("calibrate", calls)
+    progress.advance(walk.done) if walk.done else None
+    device, dtype = _place(denoiser)
+    set_mode(quantizers, Mode.OBSERVE)
+    try:
+        for call in range(walk.done, calls):
+            walk.start_call(call)
+            with torch.no_grad(), context.at(call):
+                for first in range(0, trajectory.n_prompts, batch_size):
+                    prompts = range(trajectory.n_prompts)[first : first + batch_size]
+                    denoiser(**denoiser_inputs(trajectory, call, prompts, device=device, dtype=dtype))
+            walk.finish_call()
+            if checkpoint is not None:
+                walk.save(checkpoint, mark)
+            progress.advance()
+    finally:
+        set_mode(quantizers, Mode.OFF)
+        for quantizer in quantizers.values():
+            quantizer.observer = None
+    found = walk.parameters()
+    set_parameters(quantizers, found)
+    return found
+
+
+class _Watch:
+    """Observer of one site: an estimator of its range, and the extremes of the call at hand."""
+
+    def __init__(self, site: str, estimator: Estimator, call: int) -> None:
+        self.site, self.estimator, self.call = site, estimator, call
+        self.extremes = MinMax()
+
+    def update(self, x: Tensor) -> None:
+        try:
+            self.extremes.update(x)
+            self.estimator.update(x)
+        except ValueError as fault:
+            raise UserError(
+                f"{self.site}, call {self.call}: {fault}; run the model in float32, or see if it makes images"
+            ) from None
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        try:
+            return self.extremes.range()
+        except ValueError:
+            raise UserError(f"{self.site}, call {self.call}: the denoiser does not run this module") from None
+
+
+class _Walk:
+    """Calibration in progress: what was found at the calls done so far, as (call, site) columns."""
+
+    def __init__(self, quantizers: Mapping[str, SiteQuantizer], axes: Axes) -> None:
+        self.quantizers, self.axes = quantizers, axes
+        self.shared = axes.time_axis is TimeAxis.SHARED
+        self.columns: dict[str, list[Tensor]] = {name: [] for name in _COLUMNS}
+        self.watches: dict[str, _Watch] = {}
+        self.estimators = self._new_estimators()
+
+    def _new_estimators(self) -> dict[str, Estimator]:
+        return {
+            name: make_estimator(self.axes, quantizer.bits) for name, quantizer in self.quantizers.items()
+        }
+
+    @property
+    def done(self) -> int:
+        return len(self.columns["lo"])
+
+    def start_call(self, call: int) -> None:
+        if not self.shared:
+            self.estimators = self._new_estimators()
+        self.watches = {name: _Watch(name, self.estimators[name], call) for name in self.quantizers}
+        for name, quantizer in self.quantizers.items():
+            quantizer.observer = self.watches[name]
+
+    def finish_call(self) -> None:
+        extremes = [watch.seen() for watch in self.watches.values()]
+        self.columns["lo"].append(_column([lo for lo, _ in extremes]))
+        self.columns["hi"].append(_column([hi for _, hi in extremes]))
+        if not self.shared:
+            self._fit()
+
+    def _fit(self) -> None:
+        fitted = [_fit(self.quantizers[name], *found.range()) for name, found in self.estimators.items()]
+        self.columns["scale"].append(_column([params.scale for params in fitted]))
+        self.columns["zero_point"].append(_column([params.zero_point for params in fitted]))
+
+    def parameters(self) -> ActivationParameters:
+        if self.shared:
+            self._fit()
+        table = {name: torch.stack(rows) for name, rows in self.columns.items()}
+        return {
+            site: SiteParameters(
+                **{name: table[name][:, place].clone() for name in ("scale", "zero_point", "lo", "hi")}
+            )
+            for place, site in enumerate(self.quantizers)
+        }
+
+    def save(self, path: Path, mark: str) -> None:
+        tensors = {name: torch.stack(rows) for name, rows in self.columns.items() if rows}
+        if self.shared:
+            for name, estimator in self.estimators.items():
+                tensors |= {f"estimator/{name}/{part}": value for part, value in estimator.state().items()}
+        plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        with writing(path) as temporary:
+            save_file(plain, temporary, metadata={"halftone": json.dumps({"fingerprint": mark})})
+
+    def resume(self, path: Path, mark: str) -> None:
+        try:
+            with safe_open(path, framework="pt") as stored:
+                found = json.loads((stored.metadata() or {}).get("halftone", "{}")).get("fingerprint")
+                keys = list(stored.keys()) if found == mark else []
+                tensors = {key: stored.get_tensor(key) for key in keys}
+        except FileNotFoundError:
+            return
+        except (SafetensorError, OSError, json.JSONDecodeError):
+            found, tensors = None, {}
+        if found != mark:
+            print(f"{path}: of another run, so calibration starts over", file=sys.stderr)
+            return
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key in self.columns:
+                self.columns[key] = list(value.unbind())
+            else:
+                name, _, part = key.removeprefix("estimator/").rpartition("/")
+                states.setdefault(name, {})[part] = value
+        for name, state in states.items():
+            device = self.quantizers[name].scale.device
+            self.estimators[name].load_state({part: value.to(device) for part, value in state.items()})
+
+
+def _column(values: list[Tensor]) -> Tensor:
+    return torch.stack([value.reshape(()) for value in values]).cpu()
+
+
+def _fit(quantizer: SiteQuantizer, lo: Tensor, hi: Tensor) -> AffineParams:
+    if quantizer.non_negative:
+        return fit_non_negative(hi, quantizer.bits)
+    return fit_affine(lo, hi, quantizer.bits)
+
+
+def _place(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
+    parameter = next(denoiser.parameters())
+    return parameter.device, parameter.dtype
+
+
+def _fingerprint(
+    denoiser: nn.Module,
+    quantizers: Mapping[str, SiteQuantizer],
+    trajectory: Trajectory,
+    axes: Axes,
+    batch_size: int,
+) -> str:
+    """Of everything that the result depends on."""
+    digest = hashlib.sha256()
+    sites = {name: quantizer.bits for name, quantizer in quantizers.items()}
+    digest.update(json.dumps([axes.model_dump(mode="json"), sites, batch_size]).encode())
+    inputs = {**trajectory.conditions, **trajectory.unconditions, **trajectory.common}
+    inputs |= {"latents": trajectory.latents, "timesteps": trajectory.timesteps}
+    for name, value in [*sorted(inputs.items()), *denoiser.named_parameters()]:
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""The state file that `calibrate` leaves: weight codes, activation parameters, and what was seen at every
+call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from halftone.errors import UserError
+from halftone.files import writing
+from halftone.layers import SiteQuantizer, WeightCodes, set_weights
+from halftone.provenance import Provenance
+from halftone.quantizers.bits import Bits
+
+
+class SiteParameters(NamedTuple):
+    """Of one activation site: scale and zero point, (n_calls, ...) or shared (1, ...), and the extremes seen
+    at every
+    call, lo and hi, (n_calls, ...) always. All float32."""
+
+    scale: Tensor
+    zero_point: Tensor
+    lo: Tensor
+    hi: Tensor
+
+
+ActivationParameters = dict[str, SiteParameters]
+
+
+@dataclass(frozen=True)
+class CalibrationState:
+    """Everything that a recipe decided for a denoiser. timesteps, noise_levels: (n_calls,), of the
+    calibrated calls."""
+
+    weights: dict[str, WeightCodes]
+    activations: ActivationParameters
+    timesteps: Tensor
+    noise_levels: Tensor
+
+    def apply(self, denoiser: nn.Module, quantizers: Mapping[str, SiteQuantizer], bits: Bits) -> None:
+        """Put weights and parameters into a wrapped denoiser; modes stay as they are."""
+        set_weights(denoiser, self.weights, bits.weight)
+        set_parameters(quantizers, self.activations)
+
+    def save(self, path: Path | str, provenance: Provenance) -> None:
+        """One safetensors file: `weight/{module}/codes|scale|zero_point`,
+        `activation/{site}/scale|zero_point|lo|hi`,
+        `timesteps`, `noise_levels`. Its bytes depend on the values alone."""
+        tensors = {"timesteps": self.timesteps, "noise_levels": self.noise_levels}
+        for module, weight in self.weights.items():
+            tensors |= {f"weight/{module}/{part}": value for part, value in weight._asdict().items()}
+        for site, parameters in self.activations.items():
+            tensors |= {f"activation/{site}/{part}": value for part, value in parameters._asdict().items()}
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        with writing(path) as temporary:
+            save_file(plain, temporary, metadata=provenance.to_metadata())
+
+    @classmethod
+    def load(cls, path: Path | str) -> tuple[CalibrationState, Provenance]:
+        """Raises UserError where the file is missing, damaged or no calibration."""
+        parts: dict[str, dict[str, dict[str, Tensor]]] = {"weight": {}, "activation": {}}
+        alone: dict[str, Tensor] = {}
+        try:
+            with safe_open(path, framework="pt") as stored:
+                provenance = Provenance.from_metadata(stored.metadata(), path)
+                for key in stored.keys():  # noqa: SIM118
+                    group, _, rest = key.partition("/")
+                    name, _, part = rest.rpartition("/")
+                    if rest:
+                        parts[group].setdefault(name, {})[part] = stored.get_tensor(key)
+                    else:
+                        alone[key] = stored.get_tensor(key)
+            return cls(
+                {name: WeightCodes(**values) for name, values in parts["weight"].items()},
+                {name: SiteParameters(**values) for name, values in parts["activation"].items()},
+                alone["timesteps"],
+                alone["noise_levels"],
+            ), provenance
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; run halftone calibrate first") from None
+        except (SafetensorError, OSError, KeyError, TypeError) as fault:
+            raise UserError(f"{path}: not a calibration ({fault}); run halftone calibrate again") from None
+
+
+def set_parameters(quantizers: Mapping[str, SiteQuantizer], activations: ActivationParameters) -> None:
+    """Raises ValueError where the sites are not the same."""
+    if quantizers.keys() != activations.keys():
+        odd = sorted(quantizers.keys() ^ activations.keys())
+        raise ValueError(f"the calibration and the denoiser differ in sites, such as {odd[0]}")
+    for name, quantizer in quantizers.items():
+        quantizer.set_parameters(activations[name].scale, activations[name].zero_point)
