@@ -33,9 +33,8 @@ def explain_disk_faults(path: Path) -> Iterator[None]:
         if remedy is None:
             raise
         raise UserError(f"cannot write {path}: {remedy}") from fault
-    except (
-        Exception
-    ) as fault:  # safetensors reports a failed write as its own error type, with the errno in words
+    except Exception as fault:
+        # safetensors reports a failed write as an error type of its own, with the errno in words
         text = str(fault)
         for number, remedy in _DISK_FAULTS.items():
             if f"os error {number}" in text:
@@ -57,6 +56,7 @@ def writing(path: Path | str) -> Iterator[Path]:
             yield temporary
             if temporary.is_dir() and path.is_dir():
                 shutil.rmtree(path)
+            _use_plain_permissions(temporary)
             os.replace(temporary, path)
         except BaseException:
             if temporary.is_dir():
@@ -65,6 +65,15 @@ def writing(path: Path | str) -> Iterator[Path]:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
             raise
+
+
+def _use_plain_permissions(path: Path) -> None:
+    """Give files the mode the umask asks for: safetensors makes its own readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def write_text(path: Path | str, text: str) -> None:

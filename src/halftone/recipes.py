@@ -1,7 +1,8 @@
 """Recipes: names for points on the policy axes. A recipe has no machinery of its own.
 
-A recipe is a choice on every axis of `Axes`; the verbs read the axes, never the name. Any axis of a preset can be
-overridden in a scenario (`axes:` in params.yaml, `--axes` on the command line); unknown axes are refused.
+A recipe is a choice on every axis of `Axes`; the verbs read the axes, never the name. Any axis of a preset
+can be overridden in a scenario (`axes:` in params.yaml, `--axes` on the command line); unknown axes are
+refused.
 """
 
 from __future__ import annotations

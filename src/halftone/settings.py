@@ -1,7 +1,7 @@
 """The one definition of the configuration (params.yaml and the overlays in experiments/).
 
-Snakemake validates its `config` here and gets every rule's settings from here, DVC reads the same params.yaml, and
-`halftone schema` prints the JSON Schema. Torch-free, so that the workflow parses fast.
+Snakemake validates its `config` here and gets every rule's settings from here, DVC reads the same
+params.yaml, and `halftone schema` prints the JSON Schema. Torch-free, so that the workflow parses fast.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from halftone.files import writing
 from halftone.scenes.render import Pixels, grid
 from halftone.scenes.tokenizer import write_tokenizer
 
-STEPS, GUIDANCE = 25, 3.0
+STEPS, GUIDANCE = 25, 2.0
 
 
 def build_scheduler() -> PNDMScheduler:

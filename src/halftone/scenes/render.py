@@ -52,7 +52,8 @@ _AXIS = {  # unit vector (x right, y down) from the centre to the first object
 def noise(seeds: NDArray[np.int64], count: int) -> Floats:
     """[n] seeds -> [n, count] uniform in [-1, 1): splitmix64 of (seed, column)."""
     with np.errstate(over="ignore"):
-        z = seeds.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+        columns: NDArray[np.uint64] = np.arange(count, dtype=np.uint64)
+        z = (seeds.astype(np.uint64)[:, None] * np.uint64(count) + columns).astype(np.uint64)
         z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -65,9 +66,9 @@ def _star(x: Floats, y: Floats, r: Floats) -> Floats:
     k1x, k1y = np.float32(np.cos(np.pi / 5)), np.float32(-np.sin(np.pi / 5))
     x = np.abs(x)
     y = -y
-    d = 2 * np.maximum(k1x * x + k1y * y, 0)
+    d = np.float32(2) * np.maximum(k1x * x + k1y * y, np.float32(0))
     x, y = x - d * k1x, y - d * k1y
-    d = 2 * np.maximum(-k1x * x + k1y * y, 0)
+    d = np.float32(2) * np.maximum(-k1x * x + k1y * y, np.float32(0))
     x, y = x + d * k1x, y - d * k1y
     x = np.abs(x)
     y = y - r

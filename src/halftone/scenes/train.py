@@ -82,7 +82,7 @@ def sheet(
     folder: Annotated[Path, typer.Option(help="pipeline folder")] = MODEL,
     split: Annotated[str, typer.Option(help="prompt split")] = "validation",
     count: Annotated[int, typer.Option(help="pictures", min=1)] = 32,
-    guidance: Annotated[float, typer.Option(help="guidance scale")] = 3.0,
+    guidance: Annotated[float, typer.Option(help="guidance scale")] = 2.0,
     threads: Threads = 1,
 ) -> None:
     """Draw the first prompts of a split as one picture."""
