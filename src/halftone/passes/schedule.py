@@ -1,0 +1,69 @@
+"""How long each unit of block reconstruction is learned, and how strongly it is pushed to round.
+
+`standard` is the published schedule (BRECQ, Q-Diffusion, TFMQ-DM and DGQ share it). The shorter ones are our
+choice: what the step size and the regulariser lose in iterations they get back in strength, so that the soft
+roundings still arrive at 0 or 1 before they are made hard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from halftone.settings import Budget
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Settings of one unit's learning.
+
+    `rounding_weight` multiplies the summed regulariser; `warm_up` is the share of the iterations without
+    it; its exponent falls from `beta_start` to `beta_end` afterwards. `samples` is how many (call, prompt,
+    guidance half) triples are drawn from the trajectory; `batch_limit` caps the samples of one iteration.
+    """
+
+    iterations: int
+    learning_rate: float
+    rounding_weight: float
+    warm_up: float
+    beta_start: float
+    beta_end: float
+    samples: int
+    batch_limit: int
+
+    def __post_init__(self) -> None:
+        assert min(self.iterations, self.samples, self.batch_limit) > 0
+        assert 0 <= self.warm_up < 1
+
+
+SCHEDULES: dict[Budget, Schedule] = {
+    Budget.SMOKE: Schedule(
+        iterations=8,
+        learning_rate=0.3,
+        rounding_weight=0.01,
+        warm_up=0.2,
+        beta_start=20.0,
+        beta_end=2.0,
+        samples=8,
+        batch_limit=4,
+    ),
+    Budget.FAST: Schedule(
+        iterations=150,
+        learning_rate=0.05,
+        rounding_weight=0.01,
+        warm_up=0.2,
+        beta_start=20.0,
+        beta_end=2.0,
+        samples=128,
+        batch_limit=16,
+    ),
+    Budget.STANDARD: Schedule(
+        iterations=20_000,
+        learning_rate=1e-3,
+        rounding_weight=0.01,
+        warm_up=0.2,
+        beta_start=20.0,
+        beta_end=2.0,
+        samples=1024,
+        batch_limit=4096,
+    ),
+}
