@@ -1,0 +1,217 @@
+"""From an artefact to an ordinary diffusers pipeline whose denoiser is quantized."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from halftone.artefact import tensors
+from halftone.artefact.manifest import PROVENANCE, File, Manifest, check_file, check_files, read_manifest
+from halftone.calls import CallContext
+from halftone.components import INDEX, Index, assemble, config_of, explain_load, load_component, read_index
+from halftone.errors import UserError
+from halftone.files import read_json, sha256
+from halftone.plan import Plan
+from halftone.provenance import Provenance
+from halftone.quantizers.bits import Bits
+from halftone.runtime import simulated
+from halftone.source import download
+
+PLAN, REFERENCES = "plan.json", "components.json"
+SUFFIXES = (".json", ".txt", ".safetensors", ".model")
+
+
+class Reference(BaseModel):
+    """A component that lies on the hub, with the files it consists of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    repository: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    files: dict[str, File]
+
+
+@dataclass(frozen=True)
+class Description:
+    """All of an artefact but its tensors, checked and read."""
+
+    folder: Path
+    manifest: Manifest
+    index: Index
+    plan: Plan
+    provenance: Provenance
+    references: dict[str, Reference]
+
+    @property
+    def tensors(self) -> Path:
+        return self.folder / self.index.denoiser.name / tensors.FILE
+
+
+def load(
+    artefact: Path | str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **components: Any,
+) -> Any:
+    """A diffusers pipeline of the class that was quantized, ready to sample from in simulated execution.
+
+    artefact: the folder. dtype: of weights and activations in float; scales stay float32. components: parts
+    of the pipeline to use in place of the artefact's own (`scheduler=...`), None to leave one out. The
+    full-precision weights of quantized layers are never looked for. A run with another schedule than the
+    calibrated one warns and takes the parameters of the nearest noise levels.
+    Raises UserError for anything missing, damaged, unknown or inconsistent in the folder.
+    """
+    described = describe(Path(artefact))
+    denoiser = empty_denoiser(described)
+    contents = tensors.load(described.tensors, described.plan, denoiser)
+    context = CallContext(contents.timesteps, contents.noise_levels)
+    simulated.build(
+        denoiser,
+        described.plan,
+        weights=contents.weights,
+        activations=contents.activations,
+        floats=contents.floats,
+        context=context,
+        dtype=dtype,
+    )
+    name = described.index.denoiser.name
+    if name in components:
+        raise UserError(f"{name} is what the artefact holds; load another artefact to use another one")
+    loaded = {name: denoiser, **components}
+    for other in described.index.entries:
+        if other not in loaded:
+            loaded[other] = load_component(home_of(described, other), described.index.entries[other], dtype)
+    pipeline = assemble(described.folder, loaded)
+    if device is not None:
+        pipeline.to(device)
+    context.attach(denoiser, pipeline)
+    return pipeline
+
+
+def provenance(artefact: Path | str) -> Provenance:
+    """What an artefact says of its making; only that file is checked. Raises UserError."""
+    folder = Path(artefact)
+    manifest = read_manifest(folder)
+    if PROVENANCE not in manifest.files:
+        raise UserError(f"{folder}: the manifest lacks {PROVENANCE}; this is no whole artefact")
+    check_file(folder, PROVENANCE, manifest.files[PROVENANCE])
+    return _provenance(folder)
+
+
+def describe(folder: Path) -> Description:
+    """Check an artefact's files against its manifest, and read what describes it. Raises UserError."""
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    index = read_index(folder)
+    references = _references(folder, manifest, index)
+    _check_layout(folder, manifest, index, references)
+    plan = _plan(folder)
+    if plan.denoiser != index.denoiser.kind.__name__:
+        raise UserError(
+            f"{folder}: the plan is for {plan.denoiser[:100]}, {INDEX} names {index.denoiser.kind.__name__}"
+        )
+    known = _provenance(folder)
+    if known.pipeline_class != index.pipeline_class.__name__:
+        raise UserError(
+            f"{folder}: was made from a {known.pipeline_class[:100]}, not a {index.pipeline_class.__name__}"
+        )
+    return Description(folder, manifest, index, plan, known, references)
+
+
+def empty_denoiser(described: Description) -> nn.Module:
+    """The denoiser on the meta device, from its configuration; only buffers that no file holds are real."""
+    from accelerate import init_empty_weights
+
+    entry = described.index.denoiser
+    config = config_of(described.folder, entry.name)
+    kind: Any = entry.kind
+    with explain_load(described.folder / entry.name, entry.kind), init_empty_weights(include_buffers=False):
+        return kind.from_config(config)
+
+
+def home_of(described: Description, name: str) -> Path:
+    """The folder in which component `name` has its subfolder: the artefact, or a repository of the hub."""
+    reference = described.references.get(name)
+    if reference is None:
+        return described.folder
+    home = download(reference.repository, reference.revision, reference.files)
+    for file, expected in reference.files.items():
+        path = home / file
+        if not path.is_file() or path.stat().st_size != expected.size or sha256(path) != expected.sha256:
+            where = f"{reference.repository} at {reference.revision}"
+            raise UserError(
+                f"{described.folder}: {file} of {where} is not the file the artefact was made with"
+            )
+    return home
+
+
+def _plan(folder: Path) -> Plan:
+    try:
+        plan = Plan.load(folder / PLAN)
+    except (RecursionError, ValueError) as fault:
+        raise UserError(
+            f"{folder / PLAN}: not a plan ({type(fault).__name__}); get the artefact again"
+        ) from None
+    try:
+        Bits.parse(plan.bits)
+    except ValueError as fault:
+        raise UserError(f"{folder / PLAN}: {str(fault)[:200]}; get the artefact again") from None
+    names = [site.name for site in plan.sites]
+    if len(set(names)) != len(names):
+        raise UserError(f"{folder / PLAN}: a site is listed twice; get the artefact again")
+    return plan
+
+
+def _provenance(folder: Path) -> Provenance:
+    path = folder / PROVENANCE
+    try:
+        return Provenance.model_validate(read_json(path))
+    except (ValidationError, RecursionError, ValueError) as fault:
+        raise UserError(
+            f"{path}: not a provenance ({type(fault).__name__}); get the artefact again"
+        ) from None
+
+
+def _references(folder: Path, manifest: Manifest, index: Index) -> dict[str, Reference]:
+    if REFERENCES not in manifest.files:
+        return {}
+    path = folder / REFERENCES
+    try:
+        content = read_json(path)
+        references = {str(name): Reference.model_validate(value) for name, value in dict(content).items()}
+    except (ValidationError, RecursionError, TypeError, ValueError) as fault:
+        raise UserError(
+            f"{path}: not a list of components ({type(fault).__name__}); get the artefact again"
+        ) from None
+    for name, reference in references.items():
+        if name not in index.entries or name == index.denoiser.name:
+            raise UserError(f"{path}: {name[:100]!r} is not a component to be referenced")
+        for file in reference.files:
+            parts = PurePosixPath(file).parts
+            if len(parts) != 2 or parts[0] != name or not re.fullmatch(r"[\w-][\w.-]*", parts[1]):
+                raise UserError(f"{path}: {file[:200]!r} is not a file of {name}; do not trust it")
+    return references
+
+
+def _check_layout(folder: Path, manifest: Manifest, index: Index, references: Iterable[str]) -> None:
+    """Every file has a place in the format, and every component is there, once."""
+    denoiser = index.denoiser.name
+    needed = {INDEX, PLAN, PROVENANCE, f"{denoiser}/config.json", f"{denoiser}/{tensors.FILE}"}
+    if missing := needed - set(manifest.files):
+        raise UserError(f"{folder}: the manifest lacks {min(missing)}; this is no whole artefact")
+    copied = set(index.entries) - set(references) - {denoiser}
+    for name in set(manifest.files) - needed - {REFERENCES}:
+        home, _, rest = name.partition("/")
+        if home not in copied or "/" in rest or not rest.endswith(SUFFIXES):
+            raise UserError(f"{folder}: {name} has no place in an artefact; do not trust it")
+    for name in copied:
+        if not any(file.startswith(f"{name}/") for file in manifest.files):
+            raise UserError(f"{folder}: component {name!r} is missing; the artefact is incomplete")

@@ -1,0 +1,1 @@
+"""How a quantized denoiser is run: `simulated` in float, by integer codes dequantized once."""

@@ -1,0 +1,245 @@
+"""Images for figures: every prompt once in seed set A and once in B, from an artefact or a float model.
+
+An image depends on its prompt, its id and its seed, and on nothing beside it: not on how many images are
+asked for, in which order, or in how many shards. Its noise comes from a generator of its own. And since
+kernels sum in another order when they are given another number of rows, the pipeline always runs on the
+same number of images, `lanes`, the last run filled up. (That order alone moves an image of a
+full-precision model by one level at most, but one of a quantized model by tens, as values fall on the
+other side of a code.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import halftone
+from halftone import artefact
+from halftone.denoiser import denoiser_of
+from halftone.device import best
+from halftone.errors import UserError
+from halftone.plan import Execution
+from halftone.progress import Progress
+from halftone.prompts import check_lengths, prompts_sha256, read_prompts
+from halftone.recipes import FULL_PRECISION
+from halftone.shards import Pixels, SeedSet, ShardIndex, read_shard, slice_of, write_shard
+from halftone.source import load_source
+from halftone.trajectory import run_arguments
+
+__all__ = ["SeedSet", "Subject", "lanes", "load_subject", "read_shard", "sample", "sample_shard"]
+
+_LANES = 8  # a small U-Net on two cores: within 10 % of the speed at 32
+_LARGE = 32 * 32  # latent positions above which one image at a time is as fast, and needs the memory of one
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline to be sampled from, and what its images are to be labelled with."""
+
+    pipeline: Any
+    steps: int
+    guidance: float
+    resolution: int | None
+    model: str
+    model_sha256: str
+    artefact_sha256: str | None
+    execution: Execution
+    recipe: str
+    bits: str | None
+
+
+def load_subject(
+    path: Path | str,
+    *,
+    revision: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    resolution: int | None = None,
+    device: torch.device | str | None = None,
+) -> Subject:
+    """The artefact at `path`, or the full-precision model (recipe fp, execution float).
+
+    device: by default CUDA where there is one. An artefact brings its steps, guidance and resolution; others may be asked for, and the images are
+    labelled with them. A model needs steps and guidance. Raises UserError for a bad path or missing settings.
+    """
+    device = best() if device is None else device
+    if artefact.is_artefact(path):
+        if revision is not None:
+            raise UserError(f"{path}: is an artefact, so a revision means nothing; leave --revision out")
+        facts = artefact.provenance(path)
+        return Subject(
+            artefact.load(path, device=device),
+            facts.steps if steps is None else steps,
+            facts.guidance if guidance is None else guidance,
+            facts.resolution if resolution is None else resolution,
+            facts.model_path,
+            facts.model_sha256,
+            artefact.artefact_sha256(path),
+            Execution.SIMULATED,
+            facts.recipe or "",
+            facts.bits,
+        )
+    if steps is None or guidance is None:
+        raise UserError(f"{path}: a full-precision model needs --steps and --guidance")
+    source = load_source(path, revision)
+    source.pipeline.to(device)
+    label = source.path if source.revision is None else f"{source.path}@{source.revision}"
+    return Subject(
+        source.pipeline,
+        steps,
+        guidance,
+        resolution,
+        label,
+        source.weights_sha256,
+        None,
+        Execution.FLOAT,
+        FULL_PRECISION,
+        None,
+    )
+
+
+def lanes(pipeline: Any, resolution: int | None) -> int:
+    """How many images the pipeline runs on at once: a property of model and resolution, never of the job."""
+    side = getattr(denoiser_of(pipeline).config, "sample_size", None)
+    if resolution is not None:
+        side = resolution // getattr(pipeline, "vae_scale_factor", 1)
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return _LANES if height and width and height * width <= _LARGE else 1
+
+
+def sample(subject: Subject, prompts: Sequence[str], ids: Sequence[int], seed: int) -> Iterator[Pixels]:
+    """Images uint8 (height, width, 3) of `prompts[k]` for k in `ids`, in order, with the noise of `seed`.
+
+    Raises UserError naming call and prompts where the denoiser or the decoder gives NaN or infinity.
+    """
+    pipeline = subject.pipeline
+    at_once = lanes(pipeline, subject.resolution)
+    for first in range(0, len(ids), at_once):
+        wanted = list(ids[first : first + at_once])
+        run = wanted + wanted[-1:] * (at_once - len(wanted))
+        arguments = run_arguments(
+            pipeline,
+            run,
+            [prompts[k] for k in run],
+            steps=subject.steps,
+            guidance=subject.guidance,
+            resolution=subject.resolution,
+            seed=seed,
+        )
+        where = f"prompts {wanted[0] + 1} to {wanted[-1] + 1}, seed {seed}"
+        with torch.inference_mode(), _finite(pipeline, where):
+            images = np.asarray(pipeline(**arguments, output_type="np").images)
+        yield from np.rint(images[: len(wanted)] * 255).astype(np.uint8)
+
+
+def sample_shard(
+    output: Path | str,
+    subject: Subject,
+    prompts: Path | str,
+    *,
+    n_images: int,
+    shard: int = 0,
+    n_shards: int = 1,
+    seed_a: int = 1,
+    seed_b: int = 2,
+) -> ShardIndex:
+    """Sample one shard of `n_images` prompts of a file, both seed sets, and write it; returns its index.
+
+    Raises UserError, and writes nothing, for prompts that are too few or would be cut, seed sets that are not
+    disjoint, or images that hold NaN.
+    """
+    lines = read_prompts(prompts)
+    if n_images > len(lines):
+        raise UserError(f"{prompts}: {n_images} images need as many prompts, the file holds {len(lines)}")
+    if seed_a == seed_b:
+        raise UserError(f"seed {seed_a} is given to both seed sets; they must differ")
+    ids = slice_of(n_images, shard, n_shards)
+    check_lengths(lines[:n_images], subject.pipeline, prompts)
+    images = _both_sets(subject, lines, ids, {SeedSet.A: seed_a, SeedSet.B: seed_b})
+    first = next(images)
+    height, width, _ = first[2].shape
+    index = ShardIndex(
+        shard=shard,
+        n_shards=n_shards,
+        first=ids.start,
+        count=len(ids),
+        n_images=n_images,
+        seeds={SeedSet.A: seed_a, SeedSet.B: seed_b},
+        height=height,
+        width=width,
+        model=subject.model,
+        model_sha256=subject.model_sha256,
+        artefact_sha256=subject.artefact_sha256,
+        execution=subject.execution,
+        recipe=subject.recipe,
+        bits=subject.bits,
+        prompts_sha256=prompts_sha256(lines),
+        steps=subject.steps,
+        guidance=subject.guidance,
+        lanes=lanes(subject.pipeline, subject.resolution),
+        scheduler=type(subject.pipeline.scheduler).__name__,
+        halftone=halftone.__version__,
+        torch=torch.__version__,
+        diffusers=diffusers.__version__,
+    )
+    write_shard(output, index, itertools.chain([first], images))
+    return index
+
+
+def _both_sets(
+    subject: Subject, prompts: Sequence[str], ids: range, seeds: dict[SeedSet, int]
+) -> Iterator[tuple[SeedSet, int, Pixels]]:
+    progress = Progress("sample", len(seeds) * len(ids))
+    started = time.monotonic()
+    for seed_set, seed in seeds.items():
+        for prompt, image in zip(ids, sample(subject, prompts, ids, seed), strict=True):
+            progress.advance(note=f"{(progress.done + 1) / (time.monotonic() - started):.2f} images/s")
+            yield seed_set, prompt, image
+
+
+@contextlib.contextmanager
+def _finite(pipeline: Any, where: str) -> Iterator[None]:
+    """Watch what the denoiser and the decoder give, during one run of the pipeline."""
+    calls = itertools.count(1)
+
+    def denoiser(_module: nn.Module, _args: Any, output: Any) -> None:
+        call, value = next(calls), _tensor(output)
+        if value is not None and not torch.isfinite(value).all():
+            raise UserError(
+                f"call {call} of the denoiser gave NaN or infinity ({where}); try more bits, "
+                "and check that the full-precision model makes images"
+            )
+
+    def decoder(_module: nn.Module, _args: Any, output: Any) -> None:
+        value = _tensor(output)
+        if value is not None and not torch.isfinite(value).all():
+            raise UserError(f"the decoder gave NaN or infinity ({where}); run it in float32")
+
+    hooks = [denoiser_of(pipeline).register_forward_hook(denoiser)]
+    vae = getattr(pipeline, "vae", None)
+    if vae is not None:
+        hooks.append(vae.decoder.register_forward_hook(decoder))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    try:
+        return output[0]
+    except (IndexError, KeyError, TypeError):
+        return None

@@ -1,0 +1,93 @@
+"""A calibration of a tiny pipeline, as `calibrate` and `analyze` leave it, for tests of what follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halftone import artefact, provenance
+from halftone.analysis import resolve
+from halftone.calls import CallContext
+from halftone.denoiser import denoiser_of, sites
+from halftone.layers import SiteQuantizer, set_weights, wrap
+from halftone.passes.calibrate import calibrate
+from halftone.passes.state import CalibrationState
+from halftone.passes.weights import quantize_weights
+from halftone.plan import Plan
+from halftone.quantizers.bits import Bits
+from halftone.recipes import TimeAxis
+from halftone.recipes import resolve as axes_of
+from halftone.settings import Protocol
+from halftone.skeleton import skeleton_of
+from halftone.source import load_source
+from halftone.trajectory import record
+
+STEPS, GUIDANCE, RESOLUTION = 4, 6.0, 16
+PROMPTS = ["a large red star", "a small blue ring above a large green cross"]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The state file and plan of a calibration, and the very model that was calibrated, quantizers off."""
+
+    state: Path
+    plan: Plan
+    pipeline: Any
+    quantizers: dict[str, SiteQuantizer]
+    context: CallContext
+
+
+def calibrated(
+    folder: Path, state: Path, bits: str = "w4a8", recipe: str = "static", unet: Any = None
+) -> Calibrated:
+    """Calibrate the pipeline in `folder` (with another denoiser, if given), weights rounded to nearest."""
+    width, axes = Bits.parse(bits), axes_of(recipe, {"rounding": "nearest", "weight_range": "minmax"})
+    source = load_source(folder)
+    pipeline = source.pipeline
+    if unet is not None:
+        pipeline.unet = unet
+    schedule: dict[str, Any] = {
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "resolution": RESOLUTION,
+        "seed": 0,
+    }
+    known = provenance.describe(
+        pipeline,
+        model_path="models/tiny",
+        model_revision=None,
+        model_sha256=source.weights_sha256,
+        prompts=PROMPTS,
+        **schedule,
+    )
+    trajectory = record(pipeline, PROMPTS, batch_size=2, **schedule)
+    calls = trajectory.n_calls
+    chosen: dict[str, Any] = {"recipe": recipe, "axes": axes, "protocol": Protocol.EQUAL}
+    plan = resolve(skeleton_of(pipeline, RESOLUTION), bits=width, calls=calls, **chosen)
+    denoiser = denoiser_of(pipeline)
+    found = sites(denoiser)
+    weights = quantize_weights(denoiser, found, axes, width.weight)
+    context = CallContext(trajectory.timesteps, trajectory.noise_levels)
+    slots = calls if axes.time_axis is TimeAxis.PER_CALL else 1
+    quantizers = wrap(denoiser, found, width, slots, context)
+    set_weights(denoiser, weights, width.weight)
+    activations = calibrate(denoiser, quantizers, context, trajectory, axes, batch_size=2)
+    result = CalibrationState(dict(weights), activations, trajectory.timesteps, trajectory.noise_levels)
+    result.save(state, known.model_copy(update={**chosen, "bits": bits}))
+    return Calibrated(state, plan, pipeline, quantizers, context)
+
+
+_made: dict[Path, tuple[Calibrated, Path]] = {}
+
+
+def shared_artefact(factory: pytest.TempPathFactory, model: Path) -> tuple[Calibrated, Path]:
+    """One W4A8 calibration and its artefact for all test modules; whoever damages files works on a copy."""
+    if model not in _made:
+        home = factory.mktemp("shared")
+        found = calibrated(model, home / "state.safetensors")
+        artefact.write(home / "tiny_static_w4a8", found.state, found.plan, load_source(model))
+        _made[model] = found, home / "tiny_static_w4a8"
+    return _made[model]
