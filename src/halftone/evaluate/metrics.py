@@ -1,0 +1,206 @@
+"""The figures of one scenario: its row of results/summary.csv, measured on its images and full precision's.
+
+Per-image figures (CLIP score, alignment, perceptual distance, PSNR, SSIM) are those of seed set A. Paired
+distances compare recipe(A) with fp(A), unpaired ones recipe(B) with fp(A). Below 500 images no Fréchet
+distance is given, only the kernel one. The full-precision scenario gives two rows: its own, whose
+paired distances are nothing by definition, and the floor, fp(B) against fp(A).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from halftone.columns import NAMES
+from halftone.errors import UserError
+from halftone.evaluate import alignment, paired
+from halftone.evaluate.comparison import FEWEST_FOR_FRECHET, NOTHING, Comparison, Seen, Values
+from halftone.evaluate.features import FeatureNetwork, Images, open_network
+from halftone.evaluate.images import ImageSet
+from halftone.evaluate.statistics import Estimate, verdict
+from halftone.files import write_json, writing
+from halftone.recipes import FULL_PRECISION
+from halftone.scenes.grammar import Scene
+from halftone.scenes.render import render
+from halftone.settings import Metrics
+
+FLOOR = "fp-floor"
+REAL_SEED = 1 << 41  # renders that stand for real images: outside every seed of training
+DIGITS = 6  # significant digits of a figure: fewer than differ between machines' arithmetic
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """`rows`: one, or two for full precision. `differences`: to full precision, with joint intervals.
+
+    `tensors`: per-image values and features, from which every figure can be computed again.
+    """
+
+    rows: tuple[Row, ...]
+    verdict: str
+    clip: str
+    differences: dict[str, Estimate]
+    tensors: dict[str, Tensor]
+
+
+class Measurer:
+    """Holds the networks and the settings, and measures scenario after scenario.
+
+    network, clip: what `settings` name, unless given. Raises UserError when their weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        settings: Metrics,
+        seed: int = 0,
+        network: FeatureNetwork | None = None,
+        clip: alignment.Clip | None = None,
+    ) -> None:
+        self._settings, self._seed = settings, seed
+        self._network = network or open_network(settings.features)
+        self._clip = clip or alignment.open_clip_model(settings.clip)
+
+    def measure(
+        self, images: ImageSet, reference: ImageSet, prompts: Sequence[str], identity: Mapping[str, Any]
+    ) -> Measurement:
+        """Measures `images` against full precision's `reference`, both for `prompts` in order.
+
+        identity: columns that are not measured here (model, scenario, recipe, bits, hashes, sizes).
+        Raises UserError when counts or shapes do not fit, ValueError for an unknown column.
+        """
+        count, shape = len(prompts), list(images.a.shape)
+        if shape != list(reference.a.shape) or len(images.a) != count:
+            raise UserError(
+                f"{identity.get('scenario')}: images {shape}, full precision {list(reference.a.shape)} and "
+                f"{count} prompts do not belong together; sample both again"
+            )
+        scenes = alignment.scenes_of(images.a, prompts)
+        real = None if scenes is None else self._network.features(real_images(scenes))
+        comparison = Comparison(count, real, self._settings.bootstrap, self._seed)
+        shared = {**identity, "n_images": count, "features": self._network.name}
+        fp = self._look(reference.a, prompts, scenes)
+        if identity["recipe"] == FULL_PRECISION:
+            other = self._look(reference.b, prompts, scenes)
+            return self._full_precision(reference.a, fp, other, comparison, shared)
+        seen, pairs = self._look(images.a, prompts, scenes), self._pair(images.a, reference.a)
+        other_features, floor = self._network.features(images.b), self._network.features(reference.b)
+        figures = comparison.own(seen) | comparison.means(pairs)
+        figures["fid_to_fp"] = comparison.frechet((seen.features, fp.features))
+        figures["kid_to_fp"] = comparison.kernel((seen.features, fp.features))
+        figures["fid_to_fp_unpaired"] = comparison.frechet(
+            (other_features, fp.features), base=(floor, fp.features)
+        )
+        if real is not None:
+            figures["fid_to_real"] = comparison.frechet((seen.features, real), base=(fp.features, real))
+        differences = comparison.differences(seen, fp, other_features, floor)
+        return Measurement(
+            (_row(shared, figures),),
+            verdict(differences),
+            self._clip.name,
+            differences,
+            _tensors(seen, pairs, other_features, None),
+        )
+
+    def _full_precision(
+        self, images: Images, fp: Seen, other: Seen, comparison: Comparison, shared: Mapping[str, Any]
+    ) -> Measurement:
+        """Its own row, and the floor: the same model on other noise."""
+        pairs = self._pair(images, images)
+        apart = comparison.frechet((other.features, fp.features))
+        own = comparison.own(fp) | comparison.means(pairs)
+        own |= {"kid_to_fp": NOTHING, "fid_to_fp_unpaired": apart}
+        own |= {"fid_to_fp": NOTHING if comparison.count >= FEWEST_FOR_FRECHET else None}
+        floor = comparison.own(other) | {"fid_to_fp": apart, "fid_to_fp_unpaired": apart}
+        floor["kid_to_fp"] = comparison.kernel((other.features, fp.features))
+        named = {**shared, "recipe": FLOOR, "scenario": f"{shared['scenario']}-floor"}
+        rows = (_row(shared, own), _row(named, floor))
+        tensors = _tensors(fp, pairs, other.features, comparison.real)
+        return Measurement(rows, "is full precision", self._clip.name, {}, tensors)
+
+    def _look(self, images: Images, prompts: Sequence[str], scenes: list[Scene] | None) -> Seen:
+        cosines = self._clip.cosines(images, prompts)
+        values = {"clip_score": _values(alignment.clip_scores(cosines))}
+        if scenes is not None:
+            checked = alignment.check(images, scenes)
+            values["alignment_objects"] = checked.objects.astype(np.float64)
+            values["alignment"] = checked.everything.astype(np.float64)
+            values["abstain_rate"] = checked.abstained.astype(np.float64)
+        return Seen(self._network.features(images), values, self._network.logits(images))
+
+    def _pair(self, images: Images, reference: Images) -> dict[str, Values]:
+        return {
+            "lpips": _values(self._network.perceptual(images, reference)),
+            "psnr": _values(paired.psnr(images, reference)),
+            "ssim": _values(paired.ssim(images, reference)),
+        }
+
+
+def real_images(scenes: Sequence[Scene]) -> Images:
+    """Renders of the prompts' scenes: the real images of the embedded model."""
+    return render(scenes, np.arange(len(scenes), dtype=np.int64) + REAL_SEED)
+
+
+def _values(tensor: Tensor) -> Values:
+    return tensor.double().numpy()
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def _row(identity: Mapping[str, Any], figures: Mapping[str, Estimate | None]) -> Row:
+    """A row of the summary; columns that do not apply are None. ValueError for a column it does not have."""
+    row: Row = dict(identity)
+    for name, estimate in figures.items():
+        if estimate is None:
+            continue
+        row[name] = _rounded(estimate.value)
+        if f"{name}_lo" in NAMES:
+            row |= {f"{name}_lo": _rounded(estimate.lo), f"{name}_hi": _rounded(estimate.hi)}
+    if unknown := set(row) - set(NAMES):
+        raise ValueError(f"not columns of the summary: {', '.join(sorted(unknown))}")
+    return {name: row.get(name) for name in NAMES}
+
+
+def _tensors(
+    seen: Seen, pairs: Mapping[str, Values], features_b: Tensor, real: Tensor | None
+) -> dict[str, Tensor]:
+    """Per-image data by name, float32; verdicts of the checker as 0 and 1."""
+    tensors = {name: torch.from_numpy(v).float() for name, v in {**seen.values, **pairs}.items()}
+    tensors |= {"features_a": seen.features, "features_b": features_b}
+    if real is not None:
+        tensors["features_real"] = real
+    if seen.logits is not None:
+        tensors["logits"] = seen.logits
+    return tensors
+
+
+def write(measurement: Measurement, path: Path, provenance: str) -> None:
+    """`path` (JSON) and, beside it, the per-image data (.safetensors). provenance: a JSON string."""
+    with writing(path.with_suffix(".safetensors")) as temporary:
+        tensors = {name: t.contiguous() for name, t in measurement.tensors.items()}
+        save_file(tensors, temporary, metadata={"halftone": provenance})
+    differences = {
+        name: {k: _rounded(v) for k, v in vars(estimate).items()}
+        for name, estimate in measurement.differences.items()
+    }
+    write_json(
+        path,
+        {
+            "rows": list(measurement.rows),
+            "differences": differences,
+            "verdict": measurement.verdict,
+            "clip": measurement.clip,
+            "provenance": json.loads(provenance),
+        },
+    )
