@@ -1,0 +1,327 @@
+"""The plan: a recipe resolved for one model, site by site, before anything is spent.
+
+For every site its quantizer, granularity, time axis, bits and execution, and what stays in float and why;
+with it the size of the weights and the bit operations of a call. `halftone plan` and `analyze` both make it
+here, from the sites of the denoiser, the axes and the bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from halftone.errors import UserError
+from halftone.files import read_json, write_json
+from halftone.quantizers.bits import Bits
+from halftone.recipes import Axes, Range, TimeAxis
+from halftone.settings import Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from halftone.denoiser import Site
+    from halftone.macs import Macs
+
+FLOAT_BITS = 32  # of float execution; a model's file may hold its weights at 16
+MIB = 2**20
+_SCALE_BYTES = 4
+
+
+class Execution(StrEnum):
+    """How a site, an artefact or a row of figures is run."""
+
+    FLOAT = "float"
+    SIMULATED = "simulated"
+    INTEGER = "integer"
+
+
+class Quantizer(StrEnum):
+    """The map between floats and codes at a site."""
+
+    AFFINE = "affine"
+    NON_NEGATIVE = "affine, zero point 0"
+
+
+class Granularity(StrEnum):
+    """Which elements of a tensor share a scale and a zero point."""
+
+    TENSOR = "per tensor"
+    CHANNEL = "per channel"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SitePlan(_Part):
+    """One site. A site left in float has a `float_reason` and none of the quantizer's properties."""
+
+    name: str
+    module: str
+    kind: str
+    module_type: str
+    execution: Execution
+    float_reason: str | None = None
+    bits: int | None = None
+    quantizer: Quantizer | None = None
+    granularity: Granularity | None = None
+    range: Range | None = None
+    time_axis: TimeAxis | None = Field(default=None, description="None for a weight, which no call changes")
+    parameters: int = Field(default=0, description="scales (and as many zero points) held for the site")
+    elements: int | None = Field(default=None, description="of a weight")
+    macs: int | None = Field(
+        default=None, description="multiply-accumulates of the site's layer or product, in one call"
+    )
+
+
+class Sizes(_Part):
+    """Bytes of the denoiser's tensors as stored, before and after.
+
+    Both sides hold floats at the width of the model's own file: a model stored at 16 bits is not credited
+    with the step from 32.
+    """
+
+    float_bits: int = Field(default=FLOAT_BITS, description="width of a float in the model's file")
+    original: int = Field(description="every parameter in float")
+    packed: int = Field(description="weight codes at their own bits")
+    parameters: int = Field(description="scales and zero points of weights and activations")
+    left_float: int = Field(description="biases, norms and the layers left in float")
+
+    @property
+    def weight_mib(self) -> float:
+        return (self.packed + self.parameters + self.left_float) / MIB
+
+    @property
+    def original_mib(self) -> float:
+        return self.original / MIB
+
+    @property
+    def ratio(self) -> float:
+        return self.original / (self.packed + self.parameters + self.left_float)
+
+
+class BitOperations(_Part):
+    """2 x multiply-accumulates x bits of either operand (DGQ), for one call on one latent."""
+
+    quantized: int
+    original: int
+
+    @property
+    def ratio(self) -> float:
+        return self.original / self.quantized
+
+
+class Plan(_Part):
+    """What a recipe does to one denoiser. Deterministic JSON through `save` and `load`."""
+
+    format: int = 1
+    recipe: str
+    bits: str
+    protocol: Protocol
+    axes: Axes
+    denoiser: str = Field(description="class of the denoiser")
+    calls: int = Field(ge=1, description="denoiser calls of one sampling run")
+    sites: tuple[SitePlan, ...]
+    sizes: Sizes
+    bit_operations: BitOperations | None = Field(
+        default=None, description="None where the denoiser's inputs are unknown"
+    )
+
+    @property
+    def quantized(self) -> tuple[SitePlan, ...]:
+        return tuple(site for site in self.sites if site.bits is not None)
+
+    @property
+    def left_float(self) -> tuple[SitePlan, ...]:
+        return tuple(site for site in self.sites if site.bits is None)
+
+    @property
+    def average_activation_bits(self) -> float | None:
+        """Mean width of the quantized activation sites, each counted once per call."""
+        widths = [site.bits for site in self.quantized if site.elements is None and site.bits is not None]
+        return sum(widths) / len(widths) if widths else None
+
+    @property
+    def execution(self) -> Execution:
+        """Integer only if every quantized site is."""
+        kinds = {site.execution for site in self.quantized}
+        return kinds.pop() if len(kinds) == 1 else Execution.SIMULATED if kinds else Execution.FLOAT
+
+    def counts(self) -> list[tuple[str, str, int]]:
+        """(kind, how it is held, number of sites), in the order of the denoiser."""
+        seen = Counter((site.kind, describe(site)) for site in self.sites)
+        return [(kind, how, number) for (kind, how), number in seen.items()]
+
+    def float_list(self) -> list[tuple[str, list[str]]]:
+        """Reasons for staying in float, each with its sites."""
+        reasons: dict[str, list[str]] = {}
+        for site in self.left_float:
+            reasons.setdefault(site.float_reason or "", []).append(site.name)
+        return list(reasons.items())
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of the summary that the plan alone decides."""
+        bits = Bits.parse(self.bits)
+        average = self.average_activation_bits
+        return {
+            "weight_bits": bits.weight,
+            "act_bits": bits.activation,
+            "softmax_bits": bits.softmax,
+            "avg_act_bits": None if average is None else round(average, 3),
+            "float_sites": len(self.left_float),
+            "weight_mib": round(self.sizes.weight_mib, 3),
+            "bops": None if self.bit_operations is None else self.bit_operations.quantized,
+            "denoiser_calls": self.calls,
+            "execution": self.execution.value,
+        }
+
+    def save(self, path: Path | str) -> None:
+        write_json(path, self.model_dump(mode="json", exclude_none=True))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Plan:
+        """Raises UserError where the file is missing or is no plan."""
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as fault:
+            first = fault.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise UserError(
+                f"{path}: not a plan ({key}: {first['msg']}); run halftone analyze again"
+            ) from None
+
+
+def describe(site: SitePlan) -> str:
+    """`4-bit affine, per channel` or `float`."""
+    if site.bits is None:
+        return "float"
+    time = {TimeAxis.PER_CALL: ", per call", TimeAxis.SHARED: ", shared over calls", None: ""}[site.time_axis]
+    return f"{site.bits}-bit {site.quantizer}, {site.granularity}{time}"
+
+
+def make_plan(
+    denoiser: nn.Module,
+    sites: Iterable[Site],
+    axes: Axes,
+    bits: Bits,
+    *,
+    recipe: str,
+    protocol: Protocol,
+    calls: int,
+    macs: Macs | None = None,
+    float_bits: int = FLOAT_BITS,
+    execution: Execution = Execution.SIMULATED,
+) -> Plan:
+    """Resolve `axes` and `bits` for the sites of a denoiser, which may lie on the meta device.
+
+    macs: from `halftone.macs.count`, or None where they cannot be told; the plan then has no bit operations.
+    float_bits: width of the floats in the model's file.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
+    resolved = tuple(_resolve(site, shapes, axes, bits, calls, macs, execution) for site in sites)
+    return Plan(
+        recipe=recipe,
+        bits=str(bits),
+        protocol=protocol,
+        axes=axes,
+        denoiser=type(denoiser).__name__,
+        calls=calls,
+        sites=resolved,
+        sizes=_sizes(resolved, sum(parameter.numel() for parameter in denoiser.parameters()), float_bits),
+        bit_operations=None if macs is None else _bit_operations(resolved, macs),
+    )
+
+
+def _resolve(
+    site: Site,
+    shapes: dict[str, tuple[int, ...]],
+    axes: Axes,
+    bits: Bits,
+    calls: int,
+    macs: Macs | None,
+    execution: Execution,
+) -> SitePlan:
+    from halftone.denoiser import SiteKind
+
+    weight = site.kind is SiteKind.WEIGHT
+    common: dict[str, Any] = {
+        "name": site.name,
+        "module": site.module,
+        "kind": site.kind.name.lower(),
+        "module_type": site.module_type,
+    }
+    shape = shapes.get(f"{site.module}.weight", ()) if weight else ()
+    if weight:
+        elements = 1
+        for size in shape:
+            elements *= size
+        common["elements"] = elements
+    if macs is not None:
+        # an input's products are those of its weight: counted there, once
+        per_module = macs.layers if weight else macs.attention
+        if weight or site.kind in (SiteKind.QUERY, SiteKind.PROBABILITIES):
+            common["macs"] = per_module.get(site.module, 0)
+    if site.float_reason is not None:
+        return SitePlan(**common, execution=Execution.FLOAT, float_reason=site.float_reason)
+    if weight:
+        return SitePlan(
+            **common,
+            execution=execution,
+            bits=bits.weight,
+            quantizer=Quantizer.AFFINE,
+            granularity=Granularity.CHANNEL,
+            range=axes.weight_range,
+            parameters=shape[0],
+        )
+    probabilities = site.kind is SiteKind.PROBABILITIES
+    return SitePlan(
+        **common,
+        execution=execution,
+        bits=bits.softmax if probabilities else bits.activation,
+        quantizer=Quantizer.NON_NEGATIVE if probabilities else Quantizer.AFFINE,
+        granularity=Granularity.TENSOR,
+        range=axes.activation_range,
+        time_axis=axes.time_axis,
+        parameters=calls if axes.time_axis is TimeAxis.PER_CALL else 1,
+    )
+
+
+def _sizes(sites: Sequence[SitePlan], total: int, float_bits: int) -> Sizes:
+    weights = [site for site in sites if site.elements is not None and site.bits is not None]
+    quantized = sum(site.elements or 0 for site in weights)
+    return Sizes(
+        float_bits=float_bits,
+        original=total * float_bits // 8,
+        packed=sum(_packed(site.elements or 0, site.bits or 0) for site in weights),
+        parameters=sum(site.parameters * (_SCALE_BYTES + _code_bytes(site.bits or 0)) for site in sites),
+        left_float=(total - quantized) * float_bits // 8,
+    )
+
+
+def _code_bytes(bits: int) -> int:
+    """Bytes of a zero point, which is a code that stands for zero."""
+    return 1 if bits <= 8 else 2 if bits <= 15 else 4
+
+
+def _packed(elements: int, bits: int) -> int:
+    """Bytes of a contiguous bitstream; above 8 bits a code takes two bytes."""
+    return -(-elements * bits // 8) if bits <= 8 else 2 * elements
+
+
+def _bit_operations(sites: Sequence[SitePlan], macs: Macs) -> BitOperations:
+    width = {(site.module, site.kind): site.bits or FLOAT_BITS for site in sites}
+
+    def bits(module: str, kind: str) -> int:
+        return width.get((module, kind), FLOAT_BITS)
+
+    layers = sum(n * bits(name, "weight") * bits(name, "input") for name, n in macs.layers.items())
+    products = sum(
+        n * (bits(name, "query") * bits(name, "key") + bits(name, "probabilities") * bits(name, "value"))
+        for name, n in macs.attention.items()
+    )
+    return BitOperations(quantized=2 * (layers + products), original=2 * macs.total * FLOAT_BITS**2)
