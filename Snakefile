@@ -1,0 +1,24 @@
+# From a model to a page of figures. Each line below is a chapter; the settings are in params.yaml.
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "params.yaml"
+
+
+include: "workflow/rules/common.smk"  # settings, files, and what every job shares
+include: "workflow/rules/calibration.smk"  # calibration_data -> reconstruct -> calibrate -> analyze
+include: "workflow/rules/artefact.smk"  # export -> sample
+include: "workflow/rules/figures.smk"  # metrics -> summary -> report
+
+
+# All rows of the selected tier, measured and shown. (Snakemake honours a default target only here.)
+rule all:
+    default_target: True
+    input:
+        REPORT,
+
+
+onstart:
+    before_first_job()

@@ -1,0 +1,3 @@
+from halftone.cli import main
+
+raise SystemExit(main())

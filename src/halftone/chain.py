@@ -1,0 +1,118 @@
+"""From a pipeline to an artefact, without a workflow: `quantize` takes all the steps in one process.
+
+The rules of the workflow take the same steps, one per process, with files in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halftone.analysis import resolve
+from halftone.artefact import write
+from halftone.denoiser import denoiser_of
+from halftone.errors import UserError
+from halftone.prompts import read_prompts
+from halftone.quantizers.bits import Bits
+from halftone.settings import Budget, Calibration, Protocol, Reconstruction
+from halftone.skeleton import skeleton_of
+from halftone.source import Source, load_source
+from halftone.steps.calibrate import calibrate
+from halftone.steps.choice import choose
+from halftone.steps.reconstruct import reconstruct
+from halftone.steps.record import record
+
+IN_MEMORY = "in memory"
+
+
+def quantize(
+    model: Any,
+    recipe: str,
+    prompts: Sequence[str] | Path | str,
+    output: Path | str,
+    *,
+    bits: str | Bits = "w4a8",
+    axes: Mapping[str, Any] | None = None,
+    protocol: Protocol | str = Protocol.EQUAL,
+    revision: str | None = None,
+    n_prompts: int | None = None,
+    steps: int = 25,
+    guidance: float = 7.5,
+    resolution: int | None = None,
+    budget: Budget | str = Budget.FAST,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Path:
+    """Quantize a model and write the artefact; returns its folder, which `halftone.load` reads.
+
+    model: a diffusers pipeline, which is handed back as it was, or what `load_source` takes: a diffusers
+    folder, a hub id with `revision`, a `.safetensors` file. prompts: calibration prompts, or a file with one
+    a line; the first `n_prompts` are used (default: 16, or all there are). steps, guidance, resolution: of
+    the sampling that is calibrated for. A folder `.{output}.work` beside the artefact holds the steps'
+    checkpoints until it is written, so that the same call goes on after an interruption. Raises UserError.
+    """
+    choice = choose(recipe, bits, axes, protocol)
+    texts = read_prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
+    texts = _first(texts, n_prompts)
+    output = Path(output)
+    source = load_source(model, revision) if isinstance(model, str | Path) else source_of(model)
+    skeleton = skeleton_of(source.pipeline, resolution)
+    trajectory, known = record(
+        source, texts, steps=steps, guidance=guidance, resolution=resolution, seed=seed, batch_size=batch_size
+    )
+    plan = resolve(
+        skeleton,
+        recipe=choice.recipe,
+        axes=choice.axes,
+        bits=choice.bits,
+        protocol=choice.protocol,
+        calls=trajectory.n_calls,
+    )
+    work = output.with_name(f".{output.name}.work")
+    weights = None
+    if choice.learns_rounding:
+        how = Reconstruction(budget=Budget(budget))
+        learned = reconstruct(
+            source, trajectory, known, choice, how=how, seed=seed, checkpoint=work / "reconstruct"
+        )
+        weights = learned.weights
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = work / "calibrate.safetensors"
+    state = calibrate(
+        source, trajectory, known, choice, weights=weights, batch_size=batch_size, checkpoint=checkpoint
+    )
+    state.save(work / "state.safetensors", choice.describe(known))
+    write(output, work / "state.safetensors", plan, source)
+    shutil.rmtree(work)
+    return output
+
+
+def source_of(pipeline: Any) -> Source:
+    """A pipeline in memory as a source: its weights are known by their values."""
+    denoiser = denoiser_of(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    name = str(getattr(pipeline, "_name_or_path", "") or IN_MEMORY)
+    return Source(pipeline, name, None, None, _state_sha256(denoiser))
+
+
+def _state_sha256(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _first(prompts: Sequence[str], count: int | None) -> list[str]:
+    wanted = min(Calibration().n_prompts, len(prompts)) if count is None else count
+    if wanted > len(prompts):
+        raise UserError(
+            f"{wanted} calibration prompts were asked for, {len(prompts)} are there; ask for fewer"
+        )
+    return list(prompts[:wanted])

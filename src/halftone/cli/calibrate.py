@@ -1,0 +1,92 @@
+"""`halftone calibrate`: weight codes and activation parameters."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halftone import tracking
+from halftone.cli import options
+from halftone.errors import UserError
+from halftone.recipes import Rounding
+from halftone.settings import Protocol
+
+
+def verb(
+    model: options.ModelArgument,
+    data: options.Data,
+    recipe: options.Recipe,
+    bits: options.BitsOption,
+    output: options.Output,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Of reconstruct, for a recipe that learns its rounding.", show_default=False),
+    ] = None,
+    revision: options.Revision = None,
+    axes: options.AxesOption = None,
+    protocol: options.ProtocolOption = Protocol.EQUAL,
+    batch_size: options.BatchSize = options.CALIBRATION.batch_size,
+    scratch: options.Scratch = None,
+    name: options.Name = None,
+) -> None:
+    """Quantize the weights, and find the range of every activation at every call.
+
+    Interrupted, the same command goes on with the call it was at.
+    """
+    started = time.time()
+    options.model(model, revision)
+    resolved, width = options.axes(recipe, axes), options.bits(bits)
+    learned = resolved.rounding is not Rounding.NEAREST
+    if learned and weights is None:
+        raise UserError(
+            f"recipe {recipe} learns its rounding: add --weights, made with `halftone reconstruct`"
+        )
+    if weights is not None and not learned:
+        raise UserError(f"recipe {recipe} rounds weights to nearest: leave --weights out")
+    options.existing(data, "calibration-data")
+
+    from halftone.passes.reconstructed import load
+    from halftone.provenance import Provenance
+    from halftone.source import load_source
+    from halftone.steps.calibrate import calibrate
+    from halftone.steps.choice import Choice
+    from halftone.trajectory import Trajectory
+
+    trajectory, known = Trajectory.load(data)
+    choice = Choice(recipe, resolved, width, protocol)
+    chosen = choice.describe(known)
+    codes = None
+    if weights is not None:
+        found, metadata = load(options.existing(weights, "reconstruct"))
+        if Provenance.from_metadata(metadata, weights) != chosen:
+            raise UserError(
+                f"{weights}: was made for another model, trajectory, recipe or bits; reconstruct again"
+            )
+        codes = found.weights
+    work = options.scratch(scratch, output)
+    work.mkdir(parents=True, exist_ok=True)
+    state = calibrate(
+        load_source(model, revision),
+        trajectory,
+        known,
+        choice,
+        weights=codes,
+        batch_size=batch_size,
+        checkpoint=work / "calls.safetensors",
+    )
+    state.save(output, chosen)
+    shutil.rmtree(work, ignore_errors=True)
+    tracking.log(
+        tracking.Record(
+            "calibrate",
+            options.name(name, output),
+            output,
+            params={"model": model, "recipe": recipe, "bits": bits, "protocol": protocol},
+            metrics={"weights": len(state.weights), "activations": len(state.activations)},
+            started=started,
+        )
+    )

@@ -1,0 +1,48 @@
+"""`halftone export`: pack a calibration into an artefact."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halftone import tracking
+from halftone.cli import options
+
+
+def verb(
+    model: options.ModelArgument,
+    calibration: Annotated[Path, typer.Option(help="State file of calibrate.", show_default=False)],
+    plan: Annotated[Path, typer.Option(help="plan.json of analyze.", show_default=False)],
+    output: options.Output,
+    revision: options.Revision = None,
+    reference: Annotated[
+        bool,
+        typer.Option("--reference", help="Name text encoder and VAE by hub id and commit; do not copy them."),
+    ] = False,
+    name: options.Name = None,
+) -> None:
+    """Write the artefact: integer weights packed at their bits, parameters, plan, provenance, hashes."""
+    started = time.time()
+    options.model(model, revision)
+    options.existing(calibration, "calibrate")
+    options.existing(plan, "analyze")
+
+    from halftone.artefact import Components, artefact_sha256, write
+    from halftone.source import load_source
+
+    components = Components.REFERENCE if reference else Components.COPY
+    manifest = write(output, calibration, plan, load_source(model, revision), components)
+    tracking.log(
+        tracking.Record(
+            "export",
+            options.name(name, output),
+            output,
+            params={"model": model, "artefact_sha256": artefact_sha256(output)},
+            metrics={"size_mib": manifest.size / 2**20},
+            files=(output / "manifest.json",),
+            started=started,
+        )
+    )

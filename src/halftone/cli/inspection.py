@@ -1,0 +1,74 @@
+"""Verbs that look: into an artefact, at the settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from halftone.cli import options
+
+Artefact = Annotated[Path, typer.Argument(help="Folder of an artefact.", show_default=False)]
+
+
+def verify(artefact: Artefact) -> int:
+    """Check every file of an artefact against its manifest, its contents, and that it loads."""
+    options.existing(artefact, "export")
+
+    from halftone.artefact import verify as check_all
+    from halftone.errors import EXIT_USER
+
+    checks = check_all(artefact)
+    for check in checks:
+        print(
+            f"{'ok    ' if check.passed else 'FAILED'} {check.name}"
+            + (f": {check.fault}" if check.fault else "")
+        )
+    failed = sum(not check.passed for check in checks)
+    print(
+        f"{artefact}: {'whole' if not failed else f'{failed} of {len(checks)} checks failed; get it again'}"
+    )
+    return EXIT_USER if failed else 0
+
+
+def info(
+    artefact: Artefact,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Say what an artefact is: model, recipe, bits, schedule, sizes, what stays in float."""
+    options.existing(artefact, "export")
+
+    from halftone.artefact import info as read
+
+    facts = read(artefact)
+    if as_json:
+        print(json.dumps(facts, indent=2, sort_keys=True))
+        return
+    for name, value in facts.items():
+        if not isinstance(value, dict):
+            print(f"{name:22} {value}")
+    known = facts["provenance"]
+    print(
+        f"{'made from':22} {known['model_path']}"
+        + (f" at {known['model_revision']}" if known["model_revision"] else "")
+    )
+    print(
+        f"{'schedule':22} {known['scheduler']['class']}, {known['steps']} steps, guidance {known['guidance']}"
+    )
+    for reason, names in facts["float"].items():
+        print(f"in float, {reason}: {len(names)} sites")
+
+
+def schema() -> None:
+    """Print the JSON Schema of params.yaml: every key with range and default; and the axes of a recipe."""
+    from halftone.recipes import PRESETS, Axes
+    from halftone.settings import Settings
+
+    described = Settings.model_json_schema()
+    described["$defs"]["Axes"] = Axes.model_json_schema()
+    described["$defs"]["Axes"]["presets"] = {
+        name: axes.model_dump(mode="json") for name, axes in PRESETS.items()
+    }
+    print(json.dumps(described, indent=2, sort_keys=True))

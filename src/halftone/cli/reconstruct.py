@@ -1,0 +1,78 @@
+"""`halftone reconstruct`: learn how to round the weights, block by block."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import Annotated
+
+import typer
+
+from halftone import tracking
+from halftone.cli import options
+from halftone.errors import UserError
+from halftone.recipes import Rounding
+from halftone.settings import Budget, Protocol, Reconstruction
+
+
+def verb(
+    model: options.ModelArgument,
+    data: options.Data,
+    recipe: options.Recipe,
+    bits: options.BitsOption,
+    output: options.Output,
+    revision: options.Revision = None,
+    axes: options.AxesOption = None,
+    protocol: options.ProtocolOption = Protocol.EQUAL,
+    budget: Annotated[
+        Budget, typer.Option(help="Iterations, as a share of the published schedule.")
+    ] = options.RECONSTRUCTION.budget,
+    cache_mib: Annotated[
+        int, typer.Option(min=16, help="Memory for a unit's inputs and outputs; more spills to disk.")
+    ] = options.RECONSTRUCTION.cache_mib,
+    batch_size: options.BatchSize = options.RECONSTRUCTION.batch_size,
+    seed: options.Seed = 0,
+    scratch: options.Scratch = None,
+    name: options.Name = None,
+) -> None:
+    """Learn the rounding of weights block by block, so that each block's output stays that of full precision.
+
+    Interrupted, the same command goes on with the block it was at.
+    """
+    started = time.time()
+    options.model(model, revision)
+    resolved, width = options.axes(recipe, axes), options.bits(bits)
+    if resolved.rounding is Rounding.NEAREST:
+        raise UserError(
+            f"recipe {recipe} rounds weights to nearest: nothing to reconstruct; go on with calibrate"
+        )
+    options.existing(data, "calibration-data")
+
+    from halftone.source import load_source
+    from halftone.steps.choice import Choice
+    from halftone.steps.reconstruct import reconstruct
+    from halftone.trajectory import Trajectory
+
+    trajectory, known = Trajectory.load(data)
+    choice = Choice(recipe, resolved, width, protocol)
+    how = Reconstruction(budget=budget, batch_size=batch_size, cache_mib=cache_mib)
+    work = options.scratch(scratch, output)
+    source = load_source(model, revision)
+    found = reconstruct(source, trajectory, known, choice, how=how, seed=seed, checkpoint=work)
+    found.save(output, choice.describe(known).to_metadata())
+    shutil.rmtree(work, ignore_errors=True)
+    gains = [unit.ratio for unit in found.units if unit.ratio != float("inf")]
+    tracking.log(
+        tracking.Record(
+            "reconstruct",
+            options.name(name, output),
+            output,
+            params={"recipe": recipe, "bits": bits, "protocol": protocol, "budget": budget, "seed": seed},
+            metrics={
+                "units": len(found.units),
+                "kept_nearest": sum(unit.kept_nearest for unit in found.units),
+                "mean_error_ratio": sum(gains) / len(gains) if gains else 1.0,
+            },
+            started=started,
+        )
+    )

@@ -1,0 +1,95 @@
+"""`halftone sample`: images from an artefact, or from the full-precision model."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Annotated
+
+import typer
+
+from halftone import tracking
+from halftone.cli import options
+from halftone.errors import UserError
+
+
+def verb(
+    source: Annotated[str, typer.Argument(help="Artefact, or a full-precision model.", show_default=False)],
+    prompts: options.Prompts,
+    output: options.Output,
+    n_images: Annotated[
+        int | None,
+        typer.Option(min=1, max=100_000, help="Images per seed set, one a prompt. (Default: all prompts.)"),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(help="Which slice of them: 0-of-2 and 1-of-2 are both halves.")
+    ] = "0-of-1",
+    seed_a: Annotated[
+        int, typer.Option(min=0, help="Seed set A: the reference noise.")
+    ] = options.SAMPLING.seed_a,
+    seed_b: Annotated[int, typer.Option(min=0, help="Seed set B: disjoint noise.")] = options.SAMPLING.seed_b,
+    revision: options.Revision = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Inference steps. (Default: the artefact's.)")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=50, help="Guidance scale. (Default: the artefact's.)")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, max=4096, help="Pixels, a multiple of 8. (Default: the artefact's.)")
+    ] = None,
+    name: options.Name = None,
+) -> None:
+    """Sample images for the prompts in both seed sets, into a zip of PNGs.
+
+    An image depends on its prompt, its place in the file and its seed alone, not on how the rest is divided.
+    """
+    started = time.time()
+    options.model(source, revision)
+    options.resolution(resolution)
+    place, count = _shard(shard)
+    if seed_a == seed_b:
+        raise UserError(f"--seed-a and --seed-b are both {seed_a}; they must differ")
+    texts = options.prompts(prompts, n_images)
+
+    from halftone import device
+    from halftone.sampling import load_subject, sample_shard
+
+    subject = load_subject(
+        source, revision=revision, steps=steps, guidance=guidance, resolution=resolution, device=device.best()
+    )
+    index = sample_shard(
+        output,
+        subject,
+        prompts,
+        n_images=len(texts),
+        shard=place,
+        n_shards=count,
+        seed_a=seed_a,
+        seed_b=seed_b,
+    )
+    tracking.log(
+        tracking.Record(
+            "sample",
+            options.name(name, output),
+            output,
+            params={
+                "source": source,
+                "shard": shard,
+                **index.model_dump(include={"steps", "guidance", "recipe", "bits"}),
+            },
+            metrics={
+                "images": 2 * index.count,
+                "images_per_second": 2 * index.count / (time.time() - started),
+            },
+            started=started,
+        )
+    )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """`1-of-4` -> (1, 4)."""
+    match = re.fullmatch(r"(\d+)-of-(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise UserError(f"--shard {text}: write it as 0-of-4, counting from 0 to 3")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,139 @@
+"""Verbs that judge: `evaluate` an artefact against its model, `compare` two rows or two artefacts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from halftone.cli import options
+from halftone.errors import UserError
+from halftone.files import read_json
+
+
+def evaluate(
+    artefact: Annotated[Path, typer.Argument(help="Folder of an artefact.", show_default=False)],
+    prompts: options.Prompts,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder of images, figures and report. (Default: beside the artefact.)"
+        ),
+    ] = None,
+    n_images: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Images per seed set. (Default: all prompts.)")
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="Feature network of FID and KID: scenes or inception.")
+    ] = "inception",
+    clip: Annotated[
+        str, typer.Option(help="`scenes`, or an open_clip model as ARCHITECTURE/WEIGHTS.")
+    ] = "ViT-B-32/laion2b_s34b_b79k",
+    bootstrap: Annotated[
+        int, typer.Option(min=100, help="Resamples of paired intervals.")
+    ] = options.METRICS.bootstrap,
+) -> int:
+    """Sample from an artefact and from the model it was made of, measure, and write the report.
+
+    Each step is a process of its own, so that the artefact's images come from one that never saw the original
+    weights.
+    """
+    options.existing(artefact, "quantize")
+    options.metrics(features, clip, bootstrap)
+    count = len(options.prompts(prompts, n_images))
+    output = output or artefact.with_name(f"{artefact.name}-evaluation")
+
+    from halftone.artefact import provenance
+
+    known = provenance(artefact)
+    full = [
+        known.model_path,
+        *_flags(revision=known.model_revision, steps=known.steps, guidance=known.guidance),
+    ]
+    full += _flags(resolution=known.resolution)
+    own = artefact.name if artefact.name != "fp" else "artefact"
+    rows = {"fp": full, own: [str(artefact)]}
+    common = ["--prompts", str(prompts)]
+    zips = {row: output / "sample" / row / "0-of-1.zip" for row in rows}
+    figures = {row: output / "metrics" / f"{row}.json" for row in rows}
+    for row, source in rows.items():
+        _step("sample", *source, *common, "--n-images", str(count), "-o", str(zips[row]))
+    for row in rows:
+        of = [] if row == "fp" else ["--artefact", str(artefact)]
+        how = _flags(features=features, clip=clip, bootstrap=bootstrap, model=Path(known.model_path).name)
+        pair = ["--images", str(zips[row]), "--reference", str(zips["fp"])]
+        _step("metrics", *pair, *common, *of, *how, "-o", str(figures[row]))
+    _step("summary", *map(str, figures.values()), "-o", str(output / "summary.csv"))
+    page = output / "report.html"
+    _step(
+        "report",
+        "--summary",
+        str(output / "summary.csv"),
+        *common,
+        "--grid",
+        str(output / "grid.png"),
+        "-o",
+        str(page),
+    )
+    print(f"{artefact.name}: {read_json(figures[own])['verdict']}\nreport: {page}")
+    return 0
+
+
+def _flags(**values: Any) -> list[str]:
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def _step(verb: str, *words: str) -> None:
+    code = subprocess.run([sys.executable, "-m", "halftone", verb, *words], check=False).returncode
+    if code:
+        raise typer.Exit(code)
+
+
+def compare(
+    first: Annotated[
+        str, typer.Argument(help="Scenario, its metrics file, or an artefact.", show_default=False)
+    ],
+    second: Annotated[
+        str, typer.Argument(help="What to compare it with, of the same kind.", show_default=False)
+    ],
+) -> None:
+    """Compare two rows figure by figure, with paired intervals; or two artefacts setting by setting."""
+    if Path(first).is_dir() and Path(second).is_dir():
+        _artefacts(Path(first), Path(second))
+    else:
+        _rows(_metrics(first), _metrics(second))
+
+
+def _metrics(given: str) -> Path:
+    path = Path(given)
+    if path.suffix != ".json":
+        path = Path("results/metrics") / f"{given}.json"
+    if not path.is_file():
+        raise UserError(
+            f"{given}: no figures of this name ({path}), and not two artefacts; run halftone metrics first"
+        )
+    return path
+
+
+def _artefacts(first: Path, second: Path) -> None:
+    from halftone.artefact import info
+
+    facts = [info(path) for path in (first, second)]
+    names = [name for name, value in facts[0].items() if not isinstance(value, dict)]
+    for name in names:
+        a, b = (fact.get(name) for fact in facts)
+        print(f"{name:22} {a!s:>24} {b!s:>24}{'' if a == b else '  differs'}")
+
+
+def _rows(first: Path, second: Path) -> None:
+    from halftone.compare import changes
+
+    width = max(12, len(first.stem), len(second.stem))
+    print(f"{'':18} {first.stem:>{width}} {second.stem:>{width}}   second minus first, 95 %")
+    for one in changes(first, second):
+        interval = f"{one.change:+.4g} ({one.low:+.4g} to {one.high:+.4g}){'  *' if one.clear else ''}"
+        print(f"{one.name:18} {one.first:{width}.4g} {one.second:{width}.4g}   {interval}")
+    print("* clear: the interval leaves out zero")

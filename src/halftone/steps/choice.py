@@ -1,0 +1,61 @@
+"""What is to be done to a model: a recipe, bits and a protocol, from words to types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from halftone.errors import UserError
+from halftone.provenance import Provenance
+from halftone.quantizers.bits import Bits
+from halftone.recipes import Axes, Rounding
+from halftone.recipes import resolve as resolve_axes
+from halftone.settings import Protocol
+from halftone.source import Source
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is to be done to a model: a resolved recipe at certain bits, on the sites of a protocol."""
+
+    recipe: str
+    axes: Axes
+    bits: Bits
+    protocol: Protocol = Protocol.EQUAL
+
+    @property
+    def learns_rounding(self) -> bool:
+        return self.axes.rounding is not Rounding.NEAREST
+
+    def describe(self, known: Provenance) -> Provenance:
+        """`known`, with this choice added."""
+        chosen = {"recipe": self.recipe, "axes": self.axes, "bits": str(self.bits), "protocol": self.protocol}
+        return known.model_copy(update=chosen)
+
+
+def choose(
+    recipe: str,
+    bits: str | Bits,
+    axes: Mapping[str, Any] | None = None,
+    protocol: Protocol | str = Protocol.EQUAL,
+) -> Choice:
+    """A choice from its words. Raises UserError for an unknown recipe, axis, value or width."""
+    try:
+        width = bits if isinstance(bits, Bits) else Bits.parse(bits)
+        return Choice(recipe, resolve_axes(recipe, dict(axes or {})), width, Protocol(protocol))
+    except ValueError as fault:
+        errors = getattr(fault, "errors", None)
+        if errors is None:
+            raise UserError(str(fault)) from None
+        first = errors()[0]
+        raise UserError(f"axes: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def check_same_model(source: Source, known: Provenance) -> None:
+    """Raises UserError where a trajectory was recorded with other weights."""
+    if known.model_sha256 != source.weights_sha256:
+        raise UserError(
+            f"{source.path}: its weights are not those that the trajectory was recorded with; "
+            "run the step calibration-data again"
+        )

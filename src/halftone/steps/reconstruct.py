@@ -1,0 +1,34 @@
+"""The step `reconstruct`: weight codes by block reconstruction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from halftone import device
+from halftone.denoiser import SiteKind, denoiser_of, sites
+from halftone.passes.reconstruct import reconstruct as learn
+from halftone.passes.reconstructed import Reconstructed
+from halftone.provenance import Provenance
+from halftone.settings import Reconstruction
+from halftone.source import Source
+from halftone.steps.choice import Choice, check_same_model
+from halftone.trajectory import Trajectory
+
+
+def reconstruct(
+    source: Source,
+    trajectory: Trajectory,
+    known: Provenance,
+    choice: Choice,
+    *,
+    how: Reconstruction | None = None,
+    seed: int = 0,
+    checkpoint: Path,
+) -> Reconstructed:
+    """Weight codes by block reconstruction. `checkpoint`: a folder in which an interrupted run can go on."""
+    check_same_model(source, known)
+    denoiser = denoiser_of(source.pipeline).to(device.best())
+    found = sites(denoiser, choice.protocol, choice.recipe)
+    modules = [site.module for site in found if site.kind is SiteKind.WEIGHT and site.quantized]
+    how = how or Reconstruction()
+    return learn(denoiser, trajectory, choice.axes, choice.bits, how, seed, checkpoint, modules)

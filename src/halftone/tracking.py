@@ -1,0 +1,187 @@
+"""MLflow: shows and compares runs, decides nothing. Losing its store, or its failing, loses no result.
+
+Off unless MLFLOW_TRACKING_URI is set; the workflow sets it to `mlflow.db` beside params.yaml. Each verb logs
+one run, in its own process, after it has written its data. MLflow is imported only then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halftone.files import sha256
+
+URI = "MLFLOW_TRACKING_URI"
+EXPERIMENT = "halftone"
+STORE = "mlflow.db"
+ARTIFACTS = "mlartifacts"
+_SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a verb tells about its run: settings, figures, and files worth a look (images, tables).
+
+    started: `time.time()` at its beginning, in seconds.
+    """
+
+    rule: str
+    name: str
+    output: Path
+    params: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
+    started: float = field(default_factory=time.time)
+
+    @property
+    def kind(self) -> str:
+        """`scenario` for the rows of the table, to be compared with each other; `job` for the steps towards
+        them.
+        """
+        return "scenario" if self.rule == "metrics" else "job"
+
+
+def default_uri(folder: Path | None = None) -> str:
+    """The store of the workflow in `folder`; of the main checkout for a copy that `dvc exp run --temp` works
+    in.
+    """
+    folder = (folder or Path.cwd()).resolve()
+    outer = next((parent.parent for parent in folder.parents if parent.name == ".dvc"), folder)
+    return f"{_SQLITE}{outer / STORE}"
+
+
+def prepare() -> None:
+    """Start creating a SQLite store that is not there yet, in the background.
+
+    Whoever logs first waits for it.
+    """
+    store = _store(os.environ.get(URI, ""))
+    if store is not None and not store.exists():
+        command = [sys.executable, "-m", "halftone.tracking"]
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        source = str(Path(__file__).resolve().parents[1])
+        subprocess.Popen(command, env={**os.environ, "PYTHONPATH": source}, start_new_session=True, **quiet)
+
+
+def log(record: Record) -> None:
+    """Log one finished run; never raises. A failure is told in the log, and the data is safe either way."""
+    uri = os.environ.get(URI)
+    if not uri:
+        return
+    try:
+        with _one_writer(_store(uri)):
+            _log(uri, record)
+    except Exception as fault:
+        lines = str(fault).strip().splitlines()
+        print(
+            f"warning: MLflow at {uri} did not take the run of {record.rule} {record.name}"
+            f" ({type(fault).__name__}: {lines[0] if lines else ''}); {record.output} is written and whole",
+            file=sys.stderr,
+        )
+
+
+def _log(uri: str, record: Record) -> None:
+    client, experiment = _open(uri)
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    name = record.name if record.kind == "scenario" else f"{record.rule} {record.name}".strip()
+    started = int(record.started * 1000)
+    run = client.create_run(experiment, start_time=started, run_name=name, tags=_tags(record)).info.run_id
+    try:
+        client.log_batch(
+            run,
+            metrics=[Metric(key, float(value), now, 0) for key, value in record.metrics.items()],
+            params=[
+                Param(key, str(value)[:500]) for key, value in record.params.items() if value is not None
+            ],
+        )
+        for file in record.files:
+            client.log_artifact(run, str(file))
+    except BaseException:
+        client.set_terminated(run, "FAILED")
+        raise
+    client.set_terminated(run, "FINISHED")
+
+
+def _tags(record: Record) -> dict[str, str]:
+    tags = {
+        "rule": record.rule,
+        "scenario": record.name,
+        "kind": record.kind,
+        "data_sha256": _data_hash(record.output),
+    }
+    if commit := _commit():
+        tags["git_commit"] = commit
+    return tags
+
+
+def _data_hash(output: Path) -> str:
+    """Of the output; of an artefact by its manifest, which holds the hash of every file."""
+    manifest = output / "manifest.json"
+    return sha256(manifest if manifest.is_file() else output)
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def _store(uri: str) -> Path | None:
+    return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
+
+
+@contextlib.contextmanager
+def _one_writer(store: Path | None) -> Iterator[None]:
+    """One process at a time writes a SQLite store: two that create it at once break it, many that write wait
+    in vain.
+
+    The store is created beside its place and renamed, so that one that is there is whole.
+    """
+    if store is None:
+        yield
+        return
+    with store.with_name(f".{store.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not store.exists():
+            unfinished = store.with_name(f".{store.name}.new")
+            unfinished.unlink(missing_ok=True)
+            _open(f"{_SQLITE}{unfinished}", artifacts=store.parent / ARTIFACTS)
+            os.replace(unfinished, store)
+        yield
+
+
+def _open(uri: str, artifacts: Path | None = None) -> tuple[Any, str]:
+    """A client and the id of our experiment, made where it does not exist."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        place = None if artifacts is None else artifacts.as_uri()
+        with contextlib.suppress(Exception):  # another process may make it first, at a server
+            return client, client.create_experiment(EXPERIMENT, artifact_location=place)
+        found = client.get_experiment_by_name(EXPERIMENT)
+        assert found is not None, f"experiment {EXPERIMENT!r} can be neither found nor made"
+    return client, found.experiment_id
+
+
+if __name__ == "__main__":
+    _uri = os.environ.get(URI, "")
+    with _one_writer(_store(_uri)):
+        pass

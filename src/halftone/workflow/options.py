@@ -1,0 +1,105 @@
+"""Settings -> the command-line options of each rule.
+
+A rule records its options as one string, in which every value stands beside its name: Snakemake compares
+parameters as a set of values, so that two numbers that change places would otherwise go unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from halftone.settings import Model, Scenario, Settings
+from halftone.workflow import paths
+from halftone.workflow.paths import Rule
+
+
+def options(settings: Settings, rule: Rule, key: str = "") -> str:
+    """Every setting that decides what `rule` makes for a model or scenario, and no other."""
+    return shlex.join(_MAKERS[rule](settings, key)) if rule in _MAKERS else ""
+
+
+def _flags(**values: Any) -> list[str]:
+    return [part for name, value in values.items() if value is not None for part in _flag(name, value)]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    return [f"--{name.replace('_', '-')}", str(value)]
+
+
+def _source(model: Model) -> list[str]:
+    return [model.path, *_flags(revision=model.revision)]
+
+
+def _sampler(model: Model) -> list[str]:
+    return _flags(steps=model.steps, guidance=model.guidance, resolution=model.resolution)
+
+
+def _recipe(row: Scenario) -> list[str]:
+    axes = json.dumps(row.axes, sort_keys=True) if row.axes else None
+    return _flags(recipe=row.recipe, bits=row.bits, protocol=row.protocol, axes=axes)
+
+
+def _calibration_data(settings: Settings, key: str) -> list[str]:
+    model, how = settings.models[key], settings.calibration
+    flags = _flags(n_prompts=how.n_prompts, batch_size=how.batch_size, seed=settings.seed, name=key)
+    return [*_source(model), *_sampler(model), *flags]
+
+
+def _reconstruct(settings: Settings, key: str) -> list[str]:
+    row, how = settings.scenarios[key], settings.reconstruction
+    flags = _flags(budget=how.budget, batch_size=how.batch_size, seed=settings.seed, name=key)
+    return [*_source(settings.models[row.model]), *_recipe(row), *flags]
+
+
+def _calibrate(settings: Settings, key: str) -> list[str]:
+    row = settings.scenarios[key]
+    flags = _flags(batch_size=settings.calibration.batch_size, name=key)
+    return [*_source(settings.models[row.model]), *_recipe(row), *flags]
+
+
+def _analyze(settings: Settings, key: str) -> list[str]:
+    return _flags(name=key)
+
+
+def _export(settings: Settings, key: str) -> list[str]:
+    row = settings.scenarios[key]
+    return [*_source(settings.models[row.model]), *_flags(name=key)]
+
+
+def _sample(settings: Settings, key: str) -> list[str]:
+    row, how = settings.scenarios[key], settings.sampling
+    model = settings.models[row.model]
+    source = [paths.ARTEFACT.format(scenario=key)] if row.quantized else [*_source(model), *_sampler(model)]
+    n_images = settings.tiers[row.tier].n_images
+    return [
+        *source,
+        *_flags(n_images=n_images, seed_a=how.seed_a, seed_b=how.seed_b, name=key),
+    ]
+
+
+def _metrics(settings: Settings, key: str) -> list[str]:
+    row, how = settings.scenarios[key], settings.metrics
+    artefact = paths.ARTEFACT.format(scenario=key) if row.quantized else None
+    return _flags(
+        artefact=artefact,
+        features=how.features,
+        clip=how.clip,
+        bootstrap=how.bootstrap,
+        seed=settings.seed,
+        model=row.model,
+        tier=row.tier,
+        name=key,
+    )
+
+
+_MAKERS = {
+    Rule.CALIBRATION_DATA: _calibration_data,
+    Rule.RECONSTRUCT: _reconstruct,
+    Rule.CALIBRATE: _calibrate,
+    Rule.ANALYZE: _analyze,
+    Rule.EXPORT: _export,
+    Rule.SAMPLE: _sample,
+    Rule.METRICS: _metrics,
+}
