@@ -35,12 +35,12 @@ def run(overlays: Sequence[Path] = (), *, profile: Path = invoke.PROFILE, cores:
     arguments = invoke.command([REPORT], overlays=overlays, profile=profile, options=options)
     code = invoke.run(arguments, line.notice, line.show)
     line.close()
-    if line.failures:
+    if code == invoke.INTERRUPTED:
+        print("halftone: interrupted; `halftone run` goes on where it stopped", file=sys.stderr)
+    elif line.failures:
         for failure in line.failures:
             print(f"halftone: {failure}", file=sys.stderr)
         return max(failure.exit_code for failure in line.failures)
-    if code == 130:
-        print("halftone: interrupted; `halftone run` goes on where it stopped", file=sys.stderr)
     elif code:
         print("halftone: the workflow did not start; the messages above say why", file=sys.stderr)
     else:

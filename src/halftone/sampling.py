@@ -3,9 +3,9 @@
 An image depends on its prompt, its id and its seed, and on nothing beside it: not on how many images are
 asked for, in which order, or in how many shards. Its noise comes from a generator of its own. And since
 kernels sum in another order when they are given another number of rows, the pipeline always runs on the
-same number of images, `lanes`, the last run filled up. (That order alone moves an image of a
-full-precision model by one level at most, but one of a quantized model by tens, as values fall on the
-other side of a code.)
+same number of images, `lanes`, the last run filled up. (That order alone moves an image of a full-precision
+model by one level at most, but can change one of a quantized model to the eye, as values fall on the other
+side of a code and the sampler carries that on.)
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def load_subject(
 ) -> Subject:
     """The artefact at `path`, or the full-precision model (recipe fp, execution float).
 
-    device: by default CUDA where there is one. An artefact brings its steps, guidance and resolution; others may be asked for, and the images are
-    labelled with them. A model needs steps and guidance. Raises UserError for a bad path or missing settings.
+    device: by default CUDA where there is one. An artefact brings its steps, guidance and resolution; others
+    may be asked for, and the images are labelled with them. A model needs steps and guidance. Raises
+    UserError for a bad path or missing settings.
     """
     device = best() if device is None else device
     if artefact.is_artefact(path):

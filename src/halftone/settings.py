@@ -75,7 +75,6 @@ class Reconstruction(_Section):
 
 
 class Sampling(_Section):
-    batch_size: int = Field(32, ge=1, le=4096, description="images per sampler run")
     shard_size: int = Field(256, ge=1, description="images per job; larger rows are sampled in shards")
     seed_a: int = Field(1, ge=0, description="seed set A: the reference noise")
     seed_b: int = Field(2, ge=0, description="seed set B: disjoint noise, for unpaired figures and the floor")

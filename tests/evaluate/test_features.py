@@ -21,8 +21,8 @@ from halftone.scenes.render import render
 
 COUNT = 128
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
-# blocks are learned from, but not one of the five kinds that must rise at every step: the shipped network sees
-# 0.4 and 0.6 of it as equally far
+# blocks are learned from, but not one of the five kinds that must rise at every step: the shipped network
+# sees 0.4 and 0.6 of it as equally far
 WIDER = (0.2, 0.6, 1.0)
 
 

@@ -20,7 +20,6 @@ COARSE = {
     "prompts.calibration": "a stage cannot name the one prompt set of its tier",
     "prompts.test": "a stage cannot name the one prompt set of its tier",
     "prompts.unseen": "a stage cannot name the one prompt set of its tier",
-    "sampling.batch_size": "listed with the other settings of sampling",
 }
 
 

@@ -50,7 +50,6 @@ LEAVES: dict[str, tuple[Any, set[str]]] = {
     "reconstruction.budget": ("smoke", {f"reconstruct {STATIC}"}),
     "reconstruction.batch_size": (16, {f"reconstruct {STATIC}"}),
     "reconstruction.cache_mib": (1024, set()),
-    "sampling.batch_size": (16, set()),  # images are sampled so many at once, whatever is asked for
     "sampling.shard_size": (32, SHARDS | MEASURED | {"report"}),
     "sampling.seed_a": (3, SAMPLES),
     "sampling.seed_b": (3, SAMPLES),

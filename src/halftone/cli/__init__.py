@@ -30,8 +30,7 @@ from halftone.cli import (
     workflow,
 )
 from halftone.errors import EXIT_USER, UserError
-
-INTERRUPTED = 130
+from halftone.workflow.invoke import INTERRUPTED
 
 app = typer.Typer(
     name="halftone",

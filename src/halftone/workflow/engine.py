@@ -23,7 +23,8 @@ MARK = "\x1e"
 _NOTHING = "Nothing to be done"
 # Snakemake's own account of a failure; ours names the job's message and its log instead
 _REDUNDANT = re.compile(
-    r"Exiting because a job execution failed|At least one job did not complete|WorkflowError:$"
+    r"Exiting because a job execution failed"
+    r"|(WorkflowError|RuleException):\s+(At least one job|CalledProcessError)"
 )
 
 

@@ -20,6 +20,7 @@ from halftone.workflow.paths import Rule
 
 PROFILE = Path("workflow/profiles/default")
 LOCKS = Path(".snakemake/locks")
+INTERRUPTED = 130
 _MARK = "\x1e"
 _CHATTER = "Using workflow specific profile"  # said before the log handler is in place
 _PR_SET_PDEATHSIG = 1
@@ -101,7 +102,7 @@ def run(
                         notice(event)
                     tick()
                 code = child.wait()
-                return 130 if interrupted else code
+                return INTERRUPTED if interrupted else code
             except KeyboardInterrupt:
                 interrupted = True
                 os.killpg(child.pid, signal.SIGINT)
