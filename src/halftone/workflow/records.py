@@ -17,21 +17,29 @@ from halftone.settings import Settings
 from halftone.workflow.paths import every_output
 
 METADATA = Path(".snakemake/metadata")
+INCOMPLETE = Path(".snakemake/incomplete")
 
 
-def record_path(output: str) -> Path:
+def record_path(output: str, folder: Path = METADATA) -> Path:
     """Where Snakemake (9, file persistence) keeps the record of an output: its path in base64, cut to file
     names.
     """
     longest = os.pathconf("/", "PC_NAME_MAX") - 1
     encoded = urlsafe_b64encode(output.encode()).decode()
     parts = [encoded[start : start + longest] for start in range(0, len(encoded), longest)]
-    return METADATA.joinpath(*(f"@{part}" for part in parts[:-1]), parts[-1])
+    return folder.joinpath(*(f"@{part}" for part in parts[:-1]), parts[-1])
 
 
 def unrecorded(settings: Settings) -> list[str]:
-    """Results that exist and that Snakemake has no record of making."""
-    return [out for out in every_output(settings) if Path(out).exists() and not record_path(out).exists()]
+    """Results that exist and that Snakemake has no record of making.
+
+    Those of a job that was killed do not count: Snakemake has marked them incomplete and makes them again.
+    """
+    return [
+        out
+        for out in every_output(settings)
+        if Path(out).exists() and not record_path(out).exists() and not record_path(out, INCOMPLETE).exists()
+    ]
 
 
 def check(settings: Settings) -> None:
