@@ -1,5 +1,6 @@
 # `make demo` shows the whole job on the model that ships with this repository; `make help` lists the rest.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do command -v $$p && break; done)
+# the first that runs: a name on the PATH may be a shim with no Python behind it
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 GIB := 12
 export DO_NOT_TRACK := 1
