@@ -26,7 +26,7 @@ def verb(
 
     from halftone.analysis import PLAN, RANGES, STATISTICS, analyze
 
-    plan = analyze(calibration, output)
+    plan = analyze(calibration, output, name=options.name(name, output))
     figures = {key: value for key, value in plan.columns().items() if isinstance(value, int | float)}
     tracking.log(
         tracking.Record(
