@@ -25,6 +25,12 @@ EXPERIMENT = "halftone"
 STORE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 _SQLITE = "sqlite:///"
+# no telemetry, and a server that does not answer must not hold a job up for minutes
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,8 @@ def _one_writer(store: Path | None) -> Iterator[None]:
 
 def _open(uri: str, artifacts: Path | None = None) -> tuple[Any, str]:
     """A client and the id of our experiment, made where it does not exist."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from mlflow import MlflowClient

@@ -19,6 +19,7 @@ from halftone.settings import Settings
 from halftone.workflow import config, invoke, models, records
 from halftone.workflow.paths import Rule, folder, outputs
 
+STAGES = "dvc.yaml"  # of the results; those of prompts and models lie in data/
 MODELS, PROMPTS = Path("data/models"), Path("data/prompts")
 
 
@@ -100,7 +101,7 @@ def record(overlays: Sequence[Path] = ()) -> None:
         for key in _keys(settings, rule):
             if home := folder(rule, key):
                 home.mkdir(parents=True, exist_ok=True)
-    _dvc("commit", "--force", "--quiet")
+    _dvc("commit", "--force", "--quiet", STAGES)
 
 
 def trust() -> None:
@@ -108,7 +109,7 @@ def trust() -> None:
 
     Raises UserError unless DVC says that every result is what dvc.lock holds for these very settings.
     """
-    status = _dvc("status", "--quiet", check=False)
+    status = _dvc("status", "--quiet", STAGES, check=False)
     if status:
         raise UserError(
             "results differ from dvc.lock, or settings or code have changed since (see `dvc status`): "
