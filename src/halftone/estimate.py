@@ -31,10 +31,10 @@ _START_UP = {
     Rule.SUMMARY: 3.0,
     Rule.REPORT: 6.0,
 }
-_SIMULATED = 2.0  # fake quantization over float, in time
+_SIMULATED = 1.7  # fake quantization over float, in time
 _BACKWARD = 3.0  # forward and backward over forward
 _MACS_PER_WEIGHT_AND_PIXEL = 0.15  # SDXL 0.07, SD 1.5 0.1, the embedded model 0.27
-_CPU, _GPU = 1.5e10, 2e13  # multiply-accumulates a second
+_CPU, _GPU = 2.5e10, 2e13  # multiply-accumulates a second
 _METRIC_SECONDS_PER_IMAGE = 0.02
 _UNKNOWN_PARAMETERS = 900e6  # a hub model that is not here yet: as SD 1.5
 
