@@ -293,7 +293,7 @@ def load(folder: Path = FOLDER) -> FeatureNet:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="where the network goes")] = FOLDER,
-    work: Annotated[Path, typer.Option(help="where checkpoints go")] = Path("work/feature-net"),
+    work: Annotated[Path, typer.Option(help="where checkpoints go")] = Path("build/feature-net"),
     images: Annotated[int, typer.Option(min=1, help="training images")] = 80_000,
     seed: Annotated[int, typer.Option(min=0)] = 11,
 ) -> None:

@@ -266,7 +266,7 @@ def save(model: nn.Module, vocabulary_size: int, folder: Path, figures: dict[str
 
 def main(
     folder: Annotated[Path, typer.Argument(help="where the model goes")] = FOLDER,
-    work: Annotated[Path, typer.Option(help="where checkpoints go")] = Path("work/metric-clip"),
+    work: Annotated[Path, typer.Option(help="where checkpoints go")] = Path("build/metric-clip"),
     images: Annotated[int, typer.Option(min=1, help="training images")] = 80_000,
     seed: Annotated[int, typer.Option(min=0)] = 23,
 ) -> None:
