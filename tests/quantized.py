@@ -68,11 +68,12 @@ def calibrated(
     chosen: dict[str, Any] = {"recipe": recipe, "axes": axes, "protocol": Protocol.EQUAL}
     plan = resolve(skeleton_of(pipeline, RESOLUTION), bits=width, calls=calls, **chosen)
     denoiser = denoiser_of(pipeline)
-    found = sites(denoiser)
+    found = sites(denoiser, shortcut=axes.shortcut)
     weights = quantize_weights(denoiser, found, axes, width.weight)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     slots = calls if axes.time_axis is TimeAxis.PER_CALL else 1
-    quantizers = wrap(denoiser, found, width, slots, context)
+    dynamic = axes.time_axis is TimeAxis.DYNAMIC
+    quantizers = wrap(denoiser, found, width, slots, context, dynamic)
     set_weights(denoiser, weights, width.weight)
     activations = calibrate(denoiser, quantizers, context, trajectory, axes, batch_size=2)
     result = CalibrationState(dict(weights), activations, trajectory.timesteps, trajectory.noise_levels)

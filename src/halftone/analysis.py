@@ -59,7 +59,7 @@ def resolve(
 ) -> Plan:
     """The plan of a recipe for a model (`halftone plan` and `analyze` both end here)."""
     macs = count(skeleton.denoiser, latent_size=skeleton.latent_size, text_tokens=skeleton.text_tokens)
-    found = sites(skeleton.denoiser, protocol, recipe)
+    found = sites(skeleton.denoiser, protocol, recipe, axes.shortcut)
     return make_plan(
         skeleton.denoiser,
         found,
@@ -102,7 +102,7 @@ def statistics(found: CalibrationState, plan: Plan) -> dict[str, Any]:
                 {
                     "site": site.name,
                     "bits": site.bits,
-                    "channels": len(scale),
+                    "channels": found.weights[site.module].codes.shape[0],
                     "spread": _round(float(scale.max()) / middle) if middle > 0 else None,
                 }
             )

@@ -21,6 +21,7 @@ from torch import nn
 
 from halftone.calls import CallContext
 from halftone.errors import UserError
+from halftone.recipes import Shortcut
 from halftone.settings import Protocol
 
 __all__ = [
@@ -59,6 +60,8 @@ class Site:
     kind: SiteKind
     module_type: str
     float_reason: str | None = None
+    split: int | None = None
+    """Channels of the first of two halves of the contracted axis that have parameters of their own."""
 
     @property
     def name(self) -> str:
@@ -176,21 +179,31 @@ def _authors(protocol: Protocol, recipe: str) -> _AuthorsSites:
     return _PAPER[recipe]
 
 
-def sites(denoiser: nn.Module, protocol: Protocol = Protocol.EQUAL, recipe: str = "minmax") -> list[Site]:
+def sites(
+    denoiser: nn.Module,
+    protocol: Protocol = Protocol.EQUAL,
+    recipe: str = "minmax",
+    shortcut: Shortcut = Shortcut.WHOLE,
+) -> list[Site]:
     """Every site of a denoiser in forward order, also those that stay in float, with the reason.
 
     A layer has its input and its weight; attention has q, k, v and the probabilities, after its projections.
     Protocol `equal` is one list for every recipe: all Linear and Conv2d but the first and the last, q, k, v
-    and probabilities. Raises UserError where protocol `paper` knows no authors for the recipe.
+    and probabilities. With `shortcut` split, input and weight of shortcut convolutions that read a
+    concatenation say where it falls apart. Raises UserError where protocol `paper` knows no authors for
+    the recipe.
     """
     authors = _authors(protocol, recipe)
+    halves = concat_shortcuts(denoiser) if shortcut is Shortcut.SPLIT else {}
     found: list[Site] = []
     for name, module in modules_in_order(denoiser):
         if not is_layer(module):
             continue
         boundary = name in _BOUNDARY and not authors.boundary
         reason = f"first or last layer stays in float (protocol {protocol})" if boundary else None
-        found += [Site(name, kind, layer_type(module), reason) for kind in (SiteKind.INPUT, SiteKind.WEIGHT)]
+        split = None if reason else halves.get(name)
+        kinds = SiteKind.INPUT, SiteKind.WEIGHT
+        found += [Site(name, kind, layer_type(module), reason, split) for kind in kinds]
         parent, _, last = name.rpartition(".")
         if last == "to_v":  # the last of the three projections
             attention = denoiser.get_submodule(parent)

@@ -19,10 +19,18 @@ from halftone.attention import QuantizedAttnProcessor, install
 from halftone.calls import CallContext
 from halftone.denoiser import ATTENTION_KINDS, Site, SiteKind
 from halftone.errors import UserError
-from halftone.quantizers.affine import AffineParams, dequantize, fake_quantize, fit_affine, quantize
+from halftone.quantizers.affine import (
+    AffineParams,
+    dequantize,
+    fake_quantize,
+    fit_affine,
+    fit_non_negative,
+    quantize,
+)
 from halftone.quantizers.bits import Bits
-from halftone.quantizers.granularity import PerChannel, reduce_minmax
-from halftone.quantizers.ranges import lp_range
+from halftone.quantizers.granularity import Granularity, PerChannel, reduce_minmax
+from halftone.quantizers.halves import expand, labels
+from halftone.quantizers.ranges import PER_TENSOR, lp_range
 from halftone.recipes import Range
 
 
@@ -44,15 +52,26 @@ class SiteQuantizer(nn.Module):
     """The quantizer of one activation site, with parameters per call or shared over the calls.
 
     `scale` and `zero_point` are float32 of shape (n_calls, ...) or (1, ...): entry `context.slot` (or 0)
-    broadcasts against the tensor. They are NaN until set, and stay float32 when the model is cast.
+    broadcasts against the tensor. They are NaN until set, and stay float32 when the model is cast. A
+    `dynamic` quantizer has none: it takes those of every row (index of the first axis: a sample, or a head
+    of one) from the row itself, so a row depends on no other.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, site: Site, bits: int, n_calls: int, context: CallContext) -> None:
+    def __init__(
+        self,
+        site: Site,
+        bits: int,
+        n_calls: int,
+        context: CallContext,
+        granularity: Granularity = PER_TENSOR,
+        dynamic: bool = False,
+    ) -> None:
         super().__init__()
         self.site, self.bits, self.context = site, bits, context
+        self.granularity, self.dynamic = granularity, dynamic
         self.non_negative = site.kind is SiteKind.PROBABILITIES
         self.mode = Mode.OFF
         self.observer: Observer | None = None
@@ -104,6 +123,8 @@ class SiteQuantizer(nn.Module):
                 raise RuntimeError(f"{self.site.name}: asked to observe, but no observer was set")
             self.observer.update(x)
             return x
+        if self.dynamic:
+            return fake_quantize(x, self.params_of(x))
         if not self._fast:
             self._prepare()
         fast = self._fast[self.context.slot if len(self._fast) > 1 else 0]
@@ -114,6 +135,19 @@ class SiteQuantizer(nn.Module):
         scale, low, high = fast
         values = x.detach().float().div(scale).round_().clamp_(low, high).mul_(scale)
         return values.to(x.dtype)
+
+    def params_of(self, x: Tensor) -> AffineParams:
+        """Parameters of a dynamic quantizer for this tensor, one per row.
+
+        Raises UserError where the tensor holds NaN or infinite values.
+        """
+        try:
+            lo, hi = reduce_minmax(x, PerChannel(0))
+        except ValueError as fault:
+            raise UserError(f"{self.site.name}: {fault}; run the model in float32") from None
+        if self.non_negative:
+            return fit_non_negative(hi, self.bits)
+        return fit_affine(lo, hi, self.bits)
 
     def _prepare(self) -> None:
         if self.scale.isnan().any() or self.zero_point.isnan().any():
@@ -151,11 +185,20 @@ class WeightCodes(NamedTuple):
         return AffineParams(self.scale, self.zero_point, bits)
 
 
-def fit_weight(weight: Tensor, bits: int, weight_range: Range) -> AffineParams:
+def fit_weight(weight: Tensor, bits: int, weight_range: Range, split: int | None = None) -> AffineParams:
     """Parameters per output channel (axis 0) of a weight (out, in) or (out, in, height, width).
 
-    Raises ValueError for NaN or infinite weights, UserError for a range that is not `minmax` or `lp`.
+    With `split` the input channels before it and those from it on have parameters of their own, given per
+    input channel: (out, in, ...). Raises ValueError for NaN or infinite weights, UserError for a range that
+    is not `minmax` or `lp`.
     """
+    if split is not None:
+        parts = [fit_weight(half, bits, weight_range) for half in (weight[:, :split], weight[:, split:])]
+        scale, zero_point = (
+            expand(torch.cat([getattr(part, name) for part in parts], dim=1), split, weight.shape[1])
+            for name in ("scale", "zero_point")
+        )
+        return AffineParams(scale, zero_point, bits)
     if weight_range is Range.MINMAX:
         lo, hi = reduce_minmax(weight.float(), PerChannel(0))
     elif weight_range is Range.LP:
@@ -241,13 +284,19 @@ class QuantizedLayer(nn.Module):
 
 
 def wrap(
-    denoiser: nn.Module, sites: Iterable[Site], bits: Bits, n_calls: int, context: CallContext
+    denoiser: nn.Module,
+    sites: Iterable[Site],
+    bits: Bits,
+    n_calls: int,
+    context: CallContext,
+    dynamic: bool = False,
 ) -> dict[str, SiteQuantizer]:
     """Put quantizers at the quantized sites of a denoiser, in place, all of them off; returns them by site
     name.
 
-    n_calls: parameter slots of every activation site, 1 where parameters are shared over the calls. Off
-    everywhere, the denoiser computes bit for bit what it did with diffusers' materialising `AttnProcessor`.
+    n_calls: parameter slots of every activation site, 1 where parameters are shared over the calls;
+    dynamic: there are no parameters, every tensor brings its own. Off everywhere, the denoiser computes
+    bit for bit what it did with diffusers' materialising `AttnProcessor`.
     Raises ValueError for a denoiser that is wrapped already.
     """
     chosen: dict[str, list[Site]] = {}
@@ -258,7 +307,10 @@ def wrap(
 
     def make(site: Site) -> SiteQuantizer:
         width = bits.softmax if site.kind is SiteKind.PROBABILITIES else bits.activation
-        quantizers[site.name] = SiteQuantizer(site, width, n_calls, context).to(_device(denoiser))
+        shared = PER_TENSOR if site.split is None else labels(site.split, _channels(denoiser, site.module))
+        quantizers[site.name] = SiteQuantizer(site, width, n_calls, context, shared, dynamic).to(
+            _device(denoiser)
+        )
         return quantizers[site.name]
 
     for name, its_sites in chosen.items():
@@ -297,6 +349,12 @@ def set_weights(denoiser: nn.Module, weights: Mapping[str, WeightCodes], bits: i
     layers = quantized_layers(denoiser)
     for name, weight in weights.items():
         layers[name].set_weight_codes(weight.codes, weight.params(bits), **options)
+
+
+def _channels(denoiser: nn.Module, module: str) -> int:
+    weight = denoiser.get_submodule(module).weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1]
 
 
 def _device(denoiser: nn.Module) -> torch.device:

@@ -52,6 +52,9 @@ class Granularity(StrEnum):
 
     TENSOR = "per tensor"
     CHANNEL = "per channel"
+    HALF = "per half"
+    CHANNEL_AND_HALF = "per channel and half"
+    ROW = "per sample or head"
 
 
 class _Part(BaseModel):
@@ -71,6 +74,9 @@ class SitePlan(_Part):
     quantizer: Quantizer | None = None
     granularity: Granularity | None = None
     range: Range | None = None
+    split: int | None = Field(
+        default=None, description="channels of the first of two halves with parameters of their own"
+    )
     time_axis: TimeAxis | None = Field(default=None, description="None for a weight, which no call changes")
     parameters: int = Field(default=0, description="scales (and as many zero points) held for the site")
     elements: int | None = Field(default=None, description="of a weight")
@@ -200,7 +206,12 @@ def describe(site: SitePlan) -> str:
     """`4-bit affine, per channel` or `float`."""
     if site.bits is None:
         return "float"
-    time = {TimeAxis.PER_CALL: ", per call", TimeAxis.SHARED: ", shared over calls", None: ""}[site.time_axis]
+    time = {
+        TimeAxis.PER_CALL: ", per call",
+        TimeAxis.SHARED: ", shared over calls",
+        TimeAxis.DYNAMIC: ", dynamic",
+        None: "",
+    }[site.time_axis]
     return f"{site.bits}-bit {site.quantizer}, {site.granularity}{time}"
 
 
@@ -268,15 +279,17 @@ def _resolve(
             common["macs"] = per_module.get(site.module, 0)
     if site.float_reason is not None:
         return SitePlan(**common, execution=Execution.FLOAT, float_reason=site.float_reason)
+    halves = 1 if site.split is None else 2
     if weight:
         return SitePlan(
             **common,
             execution=execution,
             bits=bits.weight,
             quantizer=Quantizer.AFFINE,
-            granularity=Granularity.CHANNEL,
+            granularity=Granularity.CHANNEL if site.split is None else Granularity.CHANNEL_AND_HALF,
             range=axes.weight_range,
-            parameters=shape[0],
+            split=site.split,
+            parameters=shape[0] * halves,
         )
     probabilities = site.kind is SiteKind.PROBABILITIES
     return SitePlan(
@@ -284,11 +297,19 @@ def _resolve(
         execution=execution,
         bits=bits.softmax if probabilities else bits.activation,
         quantizer=Quantizer.NON_NEGATIVE if probabilities else Quantizer.AFFINE,
-        granularity=Granularity.TENSOR,
+        granularity=_granularity(site, axes),
         range=axes.activation_range,
+        split=site.split,
         time_axis=axes.time_axis,
-        parameters=calls if axes.time_axis is TimeAxis.PER_CALL else 1,
+        parameters=halves
+        * {TimeAxis.PER_CALL: calls, TimeAxis.SHARED: 1, TimeAxis.DYNAMIC: 0}[axes.time_axis],
     )
+
+
+def _granularity(site: Site, axes: Axes) -> Granularity:
+    if axes.time_axis is TimeAxis.DYNAMIC:
+        return Granularity.ROW
+    return Granularity.TENSOR if site.split is None else Granularity.HALF
 
 
 def _sizes(sites: Sequence[SitePlan], total: int, float_bits: int) -> Sizes:

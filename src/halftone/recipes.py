@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FULL_PRECISION = "fp"
 
@@ -25,10 +25,11 @@ class Range(StrEnum):
 
 
 class TimeAxis(StrEnum):
-    """Whether activation parameters are shared over all calls or kept per call."""
+    """Activation parameters shared over all calls, kept per call, or taken from each tensor as it comes."""
 
     SHARED = "shared"
     PER_CALL = "per_call"
+    DYNAMIC = "dynamic"
 
 
 class Rounding(StrEnum):
@@ -36,6 +37,40 @@ class Rounding(StrEnum):
 
     NEAREST = "nearest"
     ADAROUND = "adaround"
+
+
+class CalibrationCalls(StrEnum):
+    """Calls of the trajectory that calibration data are taken from.
+
+    `uniform`: every second one (Q-Diffusion: evenly spaced timesteps, as many samples of each). `normal`:
+    timesteps drawn from a clamped normal distribution (PTQ4DM, NDTC).
+    """
+
+    ALL = "all"
+    UNIFORM = "uniform"
+    NORMAL = "normal"
+
+
+class Shortcut(StrEnum):
+    """Input and weight of a shortcut convolution that reads cat([hidden, skip]): one range, or one for
+    each half (Q-Diffusion)."""
+
+    WHOLE = "whole"
+    SPLIT = "split"
+
+
+class StepSize(StrEnum):
+    """Scales of activations as fitted to their ranges, or learned block by block afterwards (BRECQ)."""
+
+    FITTED = "fitted"
+    LEARNED = "learned"
+
+
+class TemporalBlock(StrEnum):
+    """Layers that depend on the timestep alone: learned with the blocks they feed, or apart (TFMQ-DM)."""
+
+    JOINT = "joint"
+    APART = "apart"
 
 
 class UnitInput(StrEnum):
@@ -53,18 +88,72 @@ class Axes(BaseModel):
     weight_range: Range = Field(Range.MINMAX, description="range of each output channel's weights")
     activation_range: Range = Field(Range.MINMAX, description="range of an activation")
     percentile: float = Field(99.99, gt=50, le=100, description="of `percentile` ranges, in percent")
+    momentum: float = Field(0.05, gt=0, le=1, description="weight of new values in `moving_average` ranges")
     time_axis: TimeAxis = Field(
-        TimeAxis.SHARED, description="activation parameters shared over calls or per call"
+        TimeAxis.SHARED, description="activation parameters shared over calls, per call, or dynamic"
     )
+    calibration_calls: CalibrationCalls = Field(
+        CalibrationCalls.ALL, description="calls that calibration and reconstruction draw samples from"
+    )
+    shortcut: Shortcut = Field(Shortcut.WHOLE, description="concatenated shortcut inputs, whole or split")
     rounding: Rounding = Field(Rounding.NEAREST, description="nearest, or learned by block reconstruction")
     unit_input: UnitInput = Field(UnitInput.QUANTIZED_PREFIX, description="inputs of block reconstruction")
+    temporal_block: TemporalBlock = Field(
+        TemporalBlock.JOINT, description="timestep layers reconstructed with their blocks or apart"
+    )
+    step_size: StepSize = Field(StepSize.FITTED, description="scales of activations fitted or learned")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Axes:
+        shared = self.time_axis is TimeAxis.SHARED
+        if self.step_size is StepSize.LEARNED and not shared:
+            raise ValueError(f"step_size learned: learns shared parameters, time_axis is {self.time_axis}")
+        if self.calibration_calls is not CalibrationCalls.ALL and not shared:
+            raise ValueError(
+                f"calibration_calls {self.calibration_calls}: leaves calls out, but time_axis is "
+                f"{self.time_axis}; write calibration_calls: all"
+            )
+        if self.shortcut is Shortcut.SPLIT and self.time_axis is TimeAxis.DYNAMIC:
+            raise ValueError("shortcut split: needs stored parameters, time_axis is dynamic")
+        if self.temporal_block is TemporalBlock.APART and self.rounding is Rounding.NEAREST:
+            raise ValueError("temporal_block apart: nothing is learned with rounding nearest")
+        return self
+
+
+_SEARCHED: dict[str, Any] = {"weight_range": Range.LP, "activation_range": Range.LP}
+_LEARNED: dict[str, Any] = {"weight_range": Range.LP, "rounding": Rounding.ADAROUND}
 
 PRESETS: dict[str, Axes] = {
     # ranges shared over all calls, nearest rounding: what a tool that knows nothing of timesteps does
     "minmax": Axes(),
+    # the same, every range searched for the least L_2.4 error
+    "mse": Axes(**_SEARCHED),
     # per-call ranges from the reference trajectory, weights reconstructed block by block
-    "static": Axes(time_axis=TimeAxis.PER_CALL, weight_range=Range.LP, rounding=Rounding.ADAROUND),
+    "static": Axes(**_LEARNED, time_axis=TimeAxis.PER_CALL),
+    # weights, then activation scales, learned block by block (BRECQ)
+    "brecq": Axes(**_LEARNED, activation_range=Range.LP, step_size=StepSize.LEARNED),
+    # the same on evenly spaced timesteps, running ranges, concatenated shortcuts split (Q-Diffusion)
+    "qdiffusion": Axes(
+        **_LEARNED,
+        activation_range=Range.MOVING_AVERAGE,
+        calibration_calls=CalibrationCalls.UNIFORM,
+        shortcut=Shortcut.SPLIT,
+        step_size=StepSize.LEARNED,
+    ),
+    # the same as brecq on normally distributed timesteps (PTQ4DM; without QDrop's input dropping)
+    "ptq4dm": Axes(
+        **_LEARNED,
+        activation_range=Range.LP,
+        calibration_calls=CalibrationCalls.NORMAL,
+        step_size=StepSize.LEARNED,
+    ),
+    # per-call ranges, the layers that see only the timestep learned apart (TFMQ-DM)
+    "tfmq": Axes(
+        **_LEARNED,
+        activation_range=Range.MOVING_AVERAGE,
+        time_axis=TimeAxis.PER_CALL,
+        temporal_block=TemporalBlock.APART,
+    ),
 }
 
 

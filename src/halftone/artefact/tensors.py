@@ -11,14 +11,16 @@
 | timesteps, noise_levels | float64 | (calls,) |
 
 Scales and zero points of all sites lie in one table each, in the order of the plan: a key costs a hundred
-bytes. An activation site takes one entry per call, or one where its parameters are shared over the calls.
+bytes. An activation site takes one entry per call, one where its parameters are shared over the calls, and
+none where they are dynamic. A split site takes two where another takes one: for each output channel, or each
+call, that of the first half and that of the second.
 A float tensor takes the smallest type that holds each of its values exactly. Which keys there are and how
 long they are follows from the plan and the denoiser's configuration; reading refuses any other set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -33,8 +35,10 @@ from halftone.components import first_line
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
 from halftone.plan import Plan, SitePlan
+from halftone.quantizers import halves
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import pack, packed_size, unpack
+from halftone.recipes import TimeAxis
 
 FILE = "quantized.safetensors"
 _WHOLE = (torch.uint8, torch.int16, torch.int32)
@@ -75,10 +79,10 @@ def save(path: Path, contents: Contents, plan: Plan) -> None:
             tensors[f"codes/{module}"] = pack(weight.codes, bits.weight)
         except ValueError as fault:
             raise UserError(f"weight of {module}: {fault}; run halftone calibrate again") from None
-    weights = [contents.weights[site.module] for site in weight_sites(plan)]
-    activations = [contents.activations[site.name] for site in activation_sites(plan)]
+    weights = [_compact(contents.weights[site.module][1:], site, 1) for site in weight_sites(plan)]
+    activations = [_compact(contents.activations[site.name], site, 2) for site in activation_sites(plan)]
     for group, pairs in (
-        ("weight", [(weight.scale, weight.zero_point) for weight in weights]),
+        ("weight", weights),
         ("activation", activations),
     ):
         tensors[f"{group}/scale"] = _table([scale for scale, _ in pairs]).float()
@@ -139,12 +143,12 @@ def expected_tensors(
             )
         quantized.add(f"{site.module}.weight")
         expected[f"codes/{site.module}"] = (torch.uint8,), (packed_size(weight.numel(), bits.weight),)
-        if site.parameters != weight.shape[0]:
+        if site.parameters != weight.shape[0] * _halves(site):
             raise UserError(
                 f"plan: {site.name[:200]} has {site.parameters} parameters, not {weight.shape[0]}"
             )
     for site in activation_sites(plan):
-        if site.parameters not in (1, plan.calls):
+        if site.parameters != _entries(site, plan) * _halves(site):
             raise UserError(
                 f"plan: {site.name[:200]} has {site.parameters} parameters for {plan.calls} calls"
             )
@@ -180,12 +184,16 @@ def _unpacked(path: Path, plan: Plan, denoiser: nn.Module, tensors: Mapping[str,
             codes = unpack(tensors[f"codes/{site.module}"], bits.weight, shape)
         except ValueError as fault:
             raise UserError(f"{path}: codes/{site.module}: {fault}") from None
-        per_channel = (-1,) + (1,) * (len(shape) - 1)
-        weights[site.module] = WeightCodes(codes, scale.reshape(per_channel), zero_point.reshape(per_channel))
-    activations = {
-        site.name: (scale, zero_point)
-        for site, scale, zero_point in _split(activation_sites(plan), "activation", tensors)
-    }
+        weights[site.module] = WeightCodes(
+            codes, *(_per_channel(value, site, shape) for value in (scale, zero_point))
+        )
+    activations = {}
+    for site, scale, zero_point in _split(activation_sites(plan), "activation", tensors):
+        shape = shapes.get(f"{site.module}.weight", ())
+        activations[site.name] = (
+            _per_call(scale, site, shape),
+            _per_call(zero_point, site, shape),
+        )
     floats: dict[str, Any] = {
         name.removeprefix("float/"): value.float() if value.is_floating_point() else value
         for name, value in tensors.items()
@@ -203,6 +211,39 @@ def _split(
         tensors[f"{group}/{part}"].float().split(sizes) for part in ("scale", "zero_point")
     )
     return list(zip(sites, scales, zero_points, strict=True))
+
+
+def _halves(site: SitePlan) -> int:
+    return 1 if site.split is None else 2
+
+
+def _entries(site: SitePlan, plan: Plan) -> int:
+    """Parameter slots of an activation site."""
+    return {TimeAxis.PER_CALL: plan.calls, TimeAxis.SHARED: 1, TimeAxis.DYNAMIC: 0}[
+        site.time_axis or TimeAxis.SHARED
+    ]
+
+
+def _compact(values: Sequence[Tensor], site: SitePlan, axis: int) -> list[Tensor]:
+    """Parameters as they lie in memory -> one entry per half."""
+    return [value if site.split is None else halves.compact(value, site.split, axis) for value in values]
+
+
+def _per_channel(values: Tensor, site: SitePlan, shape: tuple[int, ...]) -> Tensor:
+    """Entries of a weight of this shape, in memory: (out, 1, ...), or (out, in, ...) where it is split."""
+    rest = (1,) * (len(shape) - 2)
+    if site.split is None:
+        return values.reshape(-1, 1, *rest)
+    return halves.expand(values.reshape(-1, 2, *rest), site.split, shape[1])
+
+
+def _per_call(values: Tensor, site: SitePlan, shape: tuple[int, ...]) -> Tensor:
+    """Entries of an activation, in memory: (slots,), or (slots, 1, channels, ...) where it is split, for the
+    input of a layer whose weight has this shape."""
+    if site.split is None:
+        return values
+    rest = (1,) * (len(shape) - 2)
+    return halves.expand(values.reshape(-1, 2, *rest), site.split, shape[1]).unsqueeze(1)
 
 
 def _table(values: list[Tensor]) -> Tensor:

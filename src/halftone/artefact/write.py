@@ -90,8 +90,7 @@ def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Modu
         if not (name.endswith(".weight") and name.removesuffix(".weight") in state.weights)
     }
     activations = {
-        site: (parameters.scale.flatten(), parameters.zero_point.flatten())
-        for site, parameters in state.activations.items()
+        site: (parameters.scale, parameters.zero_point) for site, parameters in state.activations.items()
     }
     return tensors.Contents(state.weights, activations, floats, state.timesteps, state.noise_levels)
 

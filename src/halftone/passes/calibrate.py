@@ -2,7 +2,8 @@
 
 At every call the wrapped denoiser, its weights quantized, is run on the full-precision trajectory's inputs
 while all sites observe in float. Ranges are kept per call or shared over the calls, as `axes.time_axis`
-says. (Q-Diffusion and DGQ, without the pass through quantized activations upstream.)
+says, and estimated on the calls that `axes.calibration_calls` chooses; extremes are noted at every call.
+(Q-Diffusion and DGQ, without the pass through quantized activations upstream.)
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from halftone.calls import CallContext
 from halftone.errors import UserError
 from halftone.files import writing
 from halftone.layers import Mode, SiteQuantizer, set_mode
+from halftone.passes.samples import calibration_prompts
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
 from halftone.progress import Progress
 from halftone.quantizers.affine import AffineParams, fit_affine, fit_non_negative
 from halftone.quantizers.ranges import Estimator, MinMax, make_estimator
 from halftone.recipes import Axes, TimeAxis
 from halftone.trajectory import Trajectory, denoiser_inputs
-
-_COLUMNS = ("lo", "hi", "scale", "zero_point")
 
 
 def calibrate(
@@ -40,17 +40,22 @@ def calibrate(
     axes: Axes,
     *,
     batch_size: int,
+    seed: int = 0,
     checkpoint: Path | None = None,
 ) -> ActivationParameters:
     """Parameters of every site, also set in `quantizers`, whose mode is off afterwards.
 
-    denoiser: wrapped, its weights quantized already. batch_size: prompts per forward. checkpoint: a file
+    denoiser: wrapped, its weights quantized already. batch_size: prompts per forward. seed: of the choice of
+    calls, where it is random. checkpoint: a file
     renewed after every call; the same arguments go on from it, with the same bits. The caller removes it.
     Raises UserError naming site and call where a tensor holds NaN or infinite values.
     """
     walk = _Walk(quantizers, axes)
     calls = trajectory.n_calls
-    mark = "" if checkpoint is None else _fingerprint(denoiser, quantizers, trajectory, axes, batch_size)
+    chosen = calibration_prompts(trajectory, axes.calibration_calls, seed)
+    mark = (
+        "" if checkpoint is None else _fingerprint(denoiser, quantizers, trajectory, axes, batch_size, seed)
+    )
     if checkpoint is not None:
         walk.resume(checkpoint, mark)
     progress = Progress("calibrate", calls)
@@ -61,9 +66,12 @@ def calibrate(
         for call in range(walk.done, calls):
             walk.start_call(call)
             with torch.no_grad(), context.at(call):
-                for first in range(0, trajectory.n_prompts, batch_size):
-                    prompts = range(trajectory.n_prompts)[first : first + batch_size]
-                    denoiser(**denoiser_inputs(trajectory, call, prompts, device=device, dtype=dtype))
+                rest = sorted(set(range(trajectory.n_prompts)) - set(chosen[call]))
+                for prompts, estimating in ((chosen[call], True), (rest, False)):
+                    walk.estimating = estimating
+                    for first in range(0, len(prompts), batch_size):
+                        batch = prompts[first : first + batch_size]
+                        denoiser(**denoiser_inputs(trajectory, call, batch, device=device, dtype=dtype))
             walk.finish_call()
             if checkpoint is not None:
                 walk.save(checkpoint, mark)
@@ -80,14 +88,15 @@ def calibrate(
 class _Watch:
     """Observer of one site: an estimator of its range, and the extremes of the call at hand."""
 
-    def __init__(self, site: str, estimator: Estimator, call: int) -> None:
-        self.site, self.estimator, self.call = site, estimator, call
+    def __init__(self, site: str, walk: _Walk, call: int) -> None:
+        self.site, self.walk, self.call = site, walk, call
         self.extremes = MinMax()
 
     def update(self, x: Tensor) -> None:
         try:
             self.extremes.update(x)
-            self.estimator.update(x)
+            if self.walk.estimating:
+                self.walk.estimators[self.site].update(x)
         except ValueError as fault:
             raise UserError(
                 f"{self.site}, call {self.call}: {fault}; run the model in float32, or see if it makes images"
@@ -101,57 +110,63 @@ class _Watch:
 
 
 class _Walk:
-    """Calibration in progress: what was found at the calls done so far, as (call, site) columns."""
+    """Calibration in progress: what was found of each site at the calls done so far, by column."""
 
     def __init__(self, quantizers: Mapping[str, SiteQuantizer], axes: Axes) -> None:
         self.quantizers, self.axes = quantizers, axes
-        self.shared = axes.time_axis is TimeAxis.SHARED
-        self.columns: dict[str, list[Tensor]] = {name: [] for name in _COLUMNS}
+        self.columns: dict[str, dict[str, list[Tensor]]] = {
+            name: {column: [] for column in SiteParameters._fields} for name in quantizers
+        }
+        self.done = 0
+        self.estimating = True
         self.watches: dict[str, _Watch] = {}
         self.estimators = self._new_estimators()
 
     def _new_estimators(self) -> dict[str, Estimator]:
         return {
-            name: make_estimator(self.axes, quantizer.bits) for name, quantizer in self.quantizers.items()
+            name: make_estimator(self.axes, quantizer.bits, quantizer.granularity)
+            for name, quantizer in self.quantizers.items()
         }
 
-    @property
-    def done(self) -> int:
-        return len(self.columns["lo"])
-
     def start_call(self, call: int) -> None:
-        if not self.shared:
+        if self.axes.time_axis is TimeAxis.PER_CALL:
             self.estimators = self._new_estimators()
-        self.watches = {name: _Watch(name, self.estimators[name], call) for name in self.quantizers}
+        self.watches = {name: _Watch(name, self, call) for name in self.quantizers}
         for name, quantizer in self.quantizers.items():
             quantizer.observer = self.watches[name]
 
     def finish_call(self) -> None:
-        extremes = [watch.seen() for watch in self.watches.values()]
-        self.columns["lo"].append(_column([lo for lo, _ in extremes]))
-        self.columns["hi"].append(_column([hi for _, hi in extremes]))
-        if not self.shared:
+        for name, watch in self.watches.items():
+            lo, hi = watch.seen()
+            self.columns[name]["lo"].append(lo.reshape(()).cpu())
+            self.columns[name]["hi"].append(hi.reshape(()).cpu())
+        if self.axes.time_axis is TimeAxis.PER_CALL:
             self._fit()
+        self.done += 1
 
     def _fit(self) -> None:
-        fitted = [_fit(self.quantizers[name], *found.range()) for name, found in self.estimators.items()]
-        self.columns["scale"].append(_column([params.scale for params in fitted]))
-        self.columns["zero_point"].append(_column([params.zero_point for params in fitted]))
+        for name, found in self.estimators.items():
+            params = _fit(self.quantizers[name], *found.range())
+            # what is shared by the whole tensor needs no axes to broadcast over
+            shape = () if params.scale.numel() == 1 else params.scale.shape
+            self.columns[name]["scale"].append(params.scale.reshape(shape).cpu())
+            self.columns[name]["zero_point"].append(params.zero_point.reshape(shape).cpu())
 
     def parameters(self) -> ActivationParameters:
-        if self.shared:
+        if self.axes.time_axis is TimeAxis.SHARED:
             self._fit()
-        table = {name: torch.stack(rows) for name, rows in self.columns.items()}
         return {
-            site: SiteParameters(
-                **{name: table[name][:, place].clone() for name in ("scale", "zero_point", "lo", "hi")}
-            )
-            for place, site in enumerate(self.quantizers)
+            site: SiteParameters(**{name: _stacked(rows) for name, rows in columns.items()})
+            for site, columns in self.columns.items()
         }
 
     def save(self, path: Path, mark: str) -> None:
-        tensors = {name: torch.stack(rows) for name, rows in self.columns.items() if rows}
-        if self.shared:
+        tensors = {
+            f"column/{site}/{name}": _stacked(rows)
+            for site, columns in self.columns.items()
+            for name, rows in columns.items()
+        }
+        if self.axes.time_axis is TimeAxis.SHARED:
             for name, estimator in self.estimators.items():
                 tensors |= {f"estimator/{name}/{part}": value for part, value in estimator.state().items()}
         plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
@@ -173,18 +188,20 @@ class _Walk:
             return
         states: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
-            if key in self.columns:
-                self.columns[key] = list(value.unbind())
+            kind, _, rest = key.partition("/")
+            name, _, part = rest.rpartition("/")
+            if kind == "column":
+                self.columns[name][part] = list(value.unbind())
             else:
-                name, _, part = key.removeprefix("estimator/").rpartition("/")
                 states.setdefault(name, {})[part] = value
         for name, state in states.items():
             device = self.quantizers[name].scale.device
             self.estimators[name].load_state({part: value.to(device) for part, value in state.items()})
+        self.done = len(next(iter(self.columns.values()))["lo"]) if self.columns else 0
 
 
-def _column(values: list[Tensor]) -> Tensor:
-    return torch.stack([value.reshape(()) for value in values]).cpu()
+def _stacked(rows: list[Tensor]) -> Tensor:
+    return torch.stack(rows) if rows else torch.zeros(0)
 
 
 def _fit(quantizer: SiteQuantizer, lo: Tensor, hi: Tensor) -> AffineParams:
@@ -204,11 +221,12 @@ def _fingerprint(
     trajectory: Trajectory,
     axes: Axes,
     batch_size: int,
+    seed: int,
 ) -> str:
     """Of everything that the result depends on."""
     digest = hashlib.sha256()
     sites = {name: quantizer.bits for name, quantizer in quantizers.items()}
-    digest.update(json.dumps([axes.model_dump(mode="json"), sites, batch_size]).encode())
+    digest.update(json.dumps([axes.model_dump(mode="json"), sites, batch_size, seed]).encode())
     inputs = {**trajectory.conditions, **trajectory.unconditions, **trajectory.common}
     inputs |= {"latents": trajectory.latents, "timesteps": trajectory.timesteps}
     for name, value in [*sorted(inputs.items()), *denoiser.named_parameters()]:

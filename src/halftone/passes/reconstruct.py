@@ -54,8 +54,11 @@ def reconstruct(
     seed: int,
     checkpoint: Path,
     modules: Sequence[str],
+    splits: Mapping[str, int] | None = None,
 ) -> Reconstructed:
     """Codes of the weights of `modules`, learned unit by unit on samples of `trajectory`.
+
+    `splits`: where the input channels of a module part into two halves with parameters of their own.
 
     `denoiser` holds full-precision weights (wrapped or not; activation quantizers off) and is handed back
     as it was. Every finished unit is kept in the folder `checkpoint`, so that the same call goes on where
@@ -64,6 +67,7 @@ def reconstruct(
     the denoiser cannot be taken apart, or the disk is full.
     """
     work = _Work(denoiser, trajectory, axes, bits, settings, seed, checkpoint, tuple(modules))
+    work.splits = dict(splits or {})
     with _inference(denoiser), _deterministic():
         return work.run()
 
@@ -92,7 +96,8 @@ class _Work:
         self.settings, self.seed, self.checkpoint, self.modules = settings, seed, checkpoint, modules
         self.schedule = SCHEDULES[settings.budget]
         self.weights = Weights(denoiser, modules)
-        self.samples = choose_samples(trajectory, self.schedule.samples, seed)
+        self.splits: dict[str, int] = {}
+        self.samples = choose_samples(trajectory, self.schedule.samples, seed, axes.calibration_calls)
 
     def run(self) -> Reconstructed:
         units, idle = self._units()
@@ -125,7 +130,7 @@ class _Work:
         for name, weight in self.weights.full_precision.items():
             check_weight(name, weight)
         params = {
-            name: fit_weight(weight, self.bits.weight, self.axes.weight_range)
+            name: fit_weight(weight, self.bits.weight, self.axes.weight_range, self.splits.get(name))
             for name, weight in self.weights.full_precision.items()
         }
         members = {
@@ -215,6 +220,7 @@ class _Work:
             "schedule": dataclasses.asdict(self.schedule),
             "seed": self.seed,
             "modules": self.modules,
+            "splits": self.splits,
             "versions": [__version__, torch.__version__],
             "device": first.device.type,
         }

@@ -89,9 +89,10 @@ class CalibrationState:
 
 
 def set_parameters(quantizers: Mapping[str, SiteQuantizer], activations: ActivationParameters) -> None:
-    """Raises ValueError where the sites are not the same."""
+    """Dynamic quantizers take none. Raises ValueError where the sites are not the same."""
     if quantizers.keys() != activations.keys():
         odd = sorted(quantizers.keys() ^ activations.keys())
         raise ValueError(f"the calibration and the denoiser differ in sites, such as {odd[0]}")
     for name, quantizer in quantizers.items():
-        quantizer.set_parameters(activations[name].scale, activations[name].zero_point)
+        if not quantizer.dynamic:
+            quantizer.set_parameters(activations[name].scale, activations[name].zero_point)

@@ -27,7 +27,7 @@ def quantize_weights(
         weight = denoiser.get_submodule(site.module).weight
         assert isinstance(weight, Tensor)
         check_weight(site.module, weight)
-        params = fit_weight(weight, bits, axes.weight_range)
+        params = fit_weight(weight, bits, axes.weight_range, site.split)
         found[site.module] = nearest_codes(weight, params)
     return found
 

@@ -225,7 +225,7 @@ def make_estimator(axes: Axes, bits: int, granularity: Granularity = PER_TENSOR)
         case Range.MINMAX:
             return MinMax(granularity)
         case Range.MOVING_AVERAGE:
-            return MovingAverage(Q_DIFFUSION_MOMENTUM, granularity)
+            return MovingAverage(axes.momentum, granularity)
         case Range.PERCENTILE:
             return Percentile(axes.percentile, granularity)
         case Range.LP:

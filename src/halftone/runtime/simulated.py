@@ -15,6 +15,7 @@ from halftone.layers import Mode, SiteQuantizer, WeightCodes, set_mode, wrap
 from halftone.plan import Plan, SitePlan
 from halftone.quantizers.affine import dequantize
 from halftone.quantizers.bits import Bits
+from halftone.recipes import TimeAxis
 
 _MODULE_TYPES = ("Linear", "Conv2d", "Attention")
 
@@ -45,11 +46,12 @@ def build(
     if dtype != torch.float32:
         with quiet():
             denoiser.to(dtype)
-    quantizers = wrap(
-        denoiser, sites, bits, max((len(s) for s, _ in activations.values()), default=1), context
-    )
+    slots = plan.calls if plan.axes.time_axis is TimeAxis.PER_CALL else 1
+    dynamic = plan.axes.time_axis is TimeAxis.DYNAMIC
+    quantizers = wrap(denoiser, sites, bits, slots, context, dynamic)
     for name, quantizer in quantizers.items():
-        quantizer.set_parameters(*activations[name])
+        if not dynamic:
+            quantizer.set_parameters(*activations[name])
     set_mode(quantizers, Mode.QUANTIZE)
     return quantizers
 
@@ -63,7 +65,12 @@ def site_of(plan: SitePlan, denoiser: nn.Module) -> Site:
         module_type = None
     if kind is None or module_type != plan.module_type or module_type not in _MODULE_TYPES:
         raise UserError(f"plan: site {plan.name[:200]!r} is not one of this {type(denoiser).__name__}")
-    site = Site(plan.module, kind, plan.module_type, plan.float_reason)
-    if site.name != plan.name or site.quantized != (plan.bits is not None):
+    site = Site(plan.module, kind, plan.module_type, plan.float_reason, plan.split)
+    sound = site.name == plan.name and site.quantized == (plan.bits is not None)
+    if plan.split is not None:
+        weight = getattr(denoiser.get_submodule(plan.module), "weight", None)
+        sound &= kind in (SiteKind.INPUT, SiteKind.WEIGHT)
+        sound &= isinstance(weight, Tensor) and 0 < plan.split < weight.shape[1]
+    if not sound:
         raise UserError(f"plan: site {plan.name[:200]!r} contradicts itself")
     return site

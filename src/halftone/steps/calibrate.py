@@ -49,13 +49,14 @@ def calibrate(
         )
         raise UserError(f"recipe {choice.recipe}: {needs}; run reconstruct, or set the axis `rounding`")
     denoiser = denoiser_of(source.pipeline).to(device.best())
-    found = sites(denoiser, choice.protocol, choice.recipe)
+    found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut)
     if weights is None:
         weights = quantize_weights(denoiser, found, choice.axes, choice.bits.weight)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     slots = trajectory.n_calls if choice.axes.time_axis is TimeAxis.PER_CALL else 1
     with restored(denoiser):
-        quantizers = wrap(denoiser, found, choice.bits, slots, context)
+        dynamic = choice.axes.time_axis is TimeAxis.DYNAMIC
+        quantizers = wrap(denoiser, found, choice.bits, slots, context, dynamic)
         set_weights(denoiser, weights, choice.bits.weight)
         activations = observe(
             denoiser,
@@ -64,6 +65,7 @@ def calibrate(
             trajectory,
             choice.axes,
             batch_size=batch_size,
+            seed=known.seed,
             checkpoint=checkpoint,
         )
     return CalibrationState(dict(weights), activations, trajectory.timesteps, trajectory.noise_levels)

@@ -28,7 +28,9 @@ def reconstruct(
     """Weight codes by block reconstruction. `checkpoint`: a folder in which an interrupted run can go on."""
     check_same_model(source, known)
     denoiser = denoiser_of(source.pipeline).to(device.best())
-    found = sites(denoiser, choice.protocol, choice.recipe)
-    modules = [site.module for site in found if site.kind is SiteKind.WEIGHT and site.quantized]
+    found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut)
+    weights = [site for site in found if site.kind is SiteKind.WEIGHT and site.quantized]
+    splits = {site.module: site.split for site in weights if site.split is not None}
+    modules = [site.module for site in weights]
     how = how or Reconstruction()
-    return learn(denoiser, trajectory, choice.axes, choice.bits, how, seed, checkpoint, modules)
+    return learn(denoiser, trajectory, choice.axes, choice.bits, how, seed, checkpoint, modules, splits)
