@@ -17,7 +17,7 @@ INK, MUTED, RULE = "#1b1f24", "#5b6470", "#d8dce1"
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a4fb5", "#4d4d4d")
 LINES = len(HUES)
 _STAGE = re.compile(r"^(down|mid|up)_blocks?\.(?:(\d+)\.)?")
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "halftone",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -64,9 +64,9 @@ def ranges_svg(sites: Sequence[SiteRange], title: str) -> str:
     """
     from matplotlib import rc_context
 
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         single = all(len(site.range) < 2 for site in sites)
-        return _svg(_single(sites, title) if single else _per_call(sites, title))
+        return svg_text(_single(sites, title) if single else _per_call(sites, title))
 
 
 def _per_call(sites: Sequence[SiteRange], title: str) -> Any:
@@ -79,7 +79,7 @@ def _per_call(sites: Sequence[SiteRange], title: str) -> Any:
     for site in drifting:
         alike.setdefault(site.range, []).append(site)
     greatest = list(alike.values())[:LINES]
-    figure, axes = _figure(2, heights=(3.0, 4.8))
+    figure, axes = canvas(2, heights=(3.0, 4.8))
     top, bottom = axes
     for hue, same in zip(HUES, greatest, strict=False):
         top.plot(range(calls), same[0].range, color=hue, linewidth=1.6, label=_label(same))
@@ -126,7 +126,7 @@ def _label(same: Sequence[SiteRange]) -> str:
 
 def _single(sites: Sequence[SiteRange], title: str) -> Any:
     widest = sorted(sites, key=lambda s: -s.range[0])[: 2 * LINES]
-    figure, (axis,) = _figure(1, heights=(0.24 * max(len(widest), 2) + 0.2,), left=0.32, right=0.97)
+    figure, (axis,) = canvas(1, heights=(0.24 * max(len(widest), 2) + 0.2,), left=0.32, right=0.97)
     places = range(len(widest))[::-1]
     axis.barh(places, [s.range[0] for s in widest], color=HUES[0], height=0.65)
     axis.set_yticks(places, [short(s.site) for s in widest])
@@ -158,9 +158,7 @@ def _block(site: str) -> str:
     return " ".join(filter(None, stage.groups())) if stage else site.split(".")[0].replace("_", " ")
 
 
-def _figure(
-    rows: int, heights: tuple[float, ...], left: float = 0.09, right: float = 0.67
-) -> tuple[Any, Any]:
+def canvas(rows: int, heights: tuple[float, ...], left: float = 0.09, right: float = 0.67) -> tuple[Any, Any]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -173,7 +171,7 @@ def _figure(
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def svg_text(figure: Any) -> str:
     stream = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(stream, format="svg", metadata=nothing)
