@@ -1,4 +1,5 @@
-"""Verbs that make ``scenes-t2i``: autoencoder, text, denoiser, export, sheet.
+"""Verbs that make ``scenes-t2i`` (autoencoder, text, denoiser, export, sheet) and ``scenes-uncond``
+(uncond, export-uncond).
 
 ``python -m halftone.scenes.train VERB``. Each reads and writes one working folder.
 """
@@ -14,6 +15,7 @@ import typer
 Work = Annotated[Path, typer.Option(help="working folder: parts, latents, checkpoint, logs")]
 Threads = Annotated[int, typer.Option(help="torch threads", min=1)]
 WORK, MODEL = Path("build/scenes-t2i"), Path("data/models/scenes-t2i")
+UNCOND_WORK, UNCOND_MODEL = Path("build/scenes-uncond"), Path("data/models/scenes-uncond")
 verbs = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
@@ -49,6 +51,7 @@ def denoiser(
     work: Work = WORK,
     images: Annotated[int, typer.Option(help="images seen when the learning rate reaches zero")] = 420_000,
     batch: Annotated[int, typer.Option(help="images a step")] = 32,
+    peak: Annotated[float, typer.Option(help="highest learning rate of the denoiser")] = 1e-3,
     bfloat16: Annotated[bool, typer.Option(help="bfloat16 autocast")] = True,
     compiled: Annotated[bool, typer.Option(help="compile the denoiser first (two minutes)")] = False,
     threads: Threads = 2,
@@ -57,7 +60,7 @@ def denoiser(
     from halftone.scenes.train_t2i import Plan, Trainer
 
     torch.set_num_threads(threads)
-    Trainer(work, Plan(images=images, batch=batch, bfloat16=bfloat16, compiled=compiled)).run()
+    Trainer(work, Plan(images=images, batch=batch, peak=peak, bfloat16=bfloat16, compiled=compiled)).run()
 
 
 @verbs.command()
@@ -97,6 +100,37 @@ def sheet(
     captions = draw(split)[:count]
     sample_sheet(pipe, captions, path, guidance=guidance)
     typer.echo("\n".join(captions))
+
+
+@verbs.command()
+def uncond(
+    work: Work = UNCOND_WORK,
+    images: Annotated[int, typer.Option(help="images seen when the learning rate reaches zero")] = 160_000,
+    batch: Annotated[int, typer.Option(help="images a step")] = 16,
+    peak: Annotated[float, typer.Option(help="highest learning rate")] = 1e-3,
+    bfloat16: Annotated[bool, typer.Option(help="bfloat16 autocast")] = False,
+    compiled: Annotated[bool, typer.Option(help="compile the U-Net first (minutes)")] = False,
+    threads: Threads = 2,
+) -> None:
+    """Train the unconditional model, or continue from the last checkpoint."""
+    from halftone.scenes.train_uncond import Plan, Trainer
+
+    torch.set_num_threads(threads)
+    Trainer(work, Plan(images=images, batch=batch, peak=peak, bfloat16=bfloat16, compiled=compiled)).run()
+
+
+@verbs.command()
+def export_uncond(
+    folder: Annotated[Path, typer.Argument(help="diffusers folder to write")] = UNCOND_MODEL,
+    work: Work = UNCOND_WORK,
+) -> None:
+    """Write the averaged weights of the unconditional model's last checkpoint, in half precision."""
+    from halftone.scenes.train_uncond import checkpoint_pipeline
+    from halftone.scenes.uncond import save
+
+    pipe, images = checkpoint_pipeline(work)
+    save(pipe, folder)
+    typer.echo(f"{folder}: after {images} images")
 
 
 if __name__ == "__main__":
