@@ -41,10 +41,18 @@ class Calibrated:
 
 
 def calibrated(
-    folder: Path, state: Path, bits: str = "w4a8", recipe: str = "static", unet: Any = None
+    folder: Path,
+    state: Path,
+    bits: str = "w4a8",
+    recipe: str = "static",
+    unet: Any = None,
+    **overrides: Any,
 ) -> Calibrated:
     """Calibrate the pipeline in `folder` (with another denoiser, if given), weights rounded to nearest."""
-    width, axes = Bits.parse(bits), axes_of(recipe, {"rounding": "nearest", "weight_range": "minmax"})
+    width, axes = (
+        Bits.parse(bits),
+        axes_of(recipe, {"rounding": "nearest", "weight_range": "minmax", **overrides}),
+    )
     source = load_source(folder)
     pipeline = source.pipeline
     if unet is not None:

@@ -188,11 +188,20 @@ def test_a_w4_denoiser_costs_its_bits(tmp_path: Path) -> None:
     assert all(torch.equal(read.floats[name], floats[name].float()) for name in floats)
 
 
-@pytest.mark.parametrize(("bits", "recipe"), [("w8a8", "minmax"), ("w3a6s8", "static")])
-def test_other_widths_and_shared_parameters(
-    tiny_model_folder: Path, source: Source, tmp_path: Path, bits: str, recipe: str
+@pytest.mark.parametrize(
+    ("bits", "recipe", "axes"),
+    [
+        ("w8a8", "minmax", {}),
+        ("w3a6s8", "static", {}),
+        ("w4a8", "minmax", {"shortcut": "split"}),
+        ("w4a6", "static", {"shortcut": "split"}),
+        ("w8a8", "minmax", {"time_axis": "dynamic"}),
+    ],
+)
+def test_other_widths_and_ways_to_share_parameters(
+    tiny_model_folder: Path, source: Source, tmp_path: Path, bits: str, recipe: str, axes: dict[str, str]
 ) -> None:
-    found = calibrated(tiny_model_folder, tmp_path / "state.safetensors", bits, recipe)
+    found = calibrated(tiny_model_folder, tmp_path / "state.safetensors", bits, recipe, **axes)
     artefact.write(tmp_path / "out", found.state, found.plan, source)
     loaded = artefact.load(tmp_path / "out")
     set_mode(found.quantizers, Mode.QUANTIZE)

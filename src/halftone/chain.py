@@ -76,16 +76,15 @@ def quantize(
     )
     work = output.with_name(f".{output.name}.work")
     weights = None
+    how = Reconstruction(budget=Budget(budget))
     if choice.learns_rounding:
-        how = Reconstruction(budget=Budget(budget))
         learned = reconstruct(
             source, trajectory, known, choice, how=how, seed=seed, checkpoint=work / "reconstruct"
         )
         weights = learned.weights
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint = work / "calibrate.safetensors"
     state = calibrate(
-        source, trajectory, known, choice, weights=weights, batch_size=batch_size, checkpoint=checkpoint
+        source, trajectory, known, choice, weights=weights, batch_size=batch_size, how=how, work=work
     )
     state.save(work / "state.safetensors", choice.describe(known))
     write(output, work / "state.safetensors", plan, source)

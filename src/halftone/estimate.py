@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from halftone.passes.schedule import SCHEDULES
+from halftone.passes.schedule import SCHEDULES, STEP_SIZES
+from halftone.recipes import StepSize
 from halftone.settings import Settings
 from halftone.workflow.paths import TIMINGS, Rule, applies, outputs
 
@@ -101,11 +102,13 @@ def _work(settings: Settings, rule: Rule, key: str, speed: float) -> float:
     if rule is Rule.CALIBRATION_DATA:
         return settings.calibration.n_prompts * passes / speed
     if rule is Rule.CALIBRATE:
-        return settings.calibration.n_prompts * passes * _SIMULATED / speed
+        observing = settings.calibration.n_prompts * passes * _SIMULATED / speed
+        if settings.scenarios[key].resolved_axes().step_size is not StepSize.LEARNED:
+            return observing
+        iterations = STEP_SIZES[settings.reconstruction.budget].iterations
+        return observing + _learning(settings, macs, iterations) * _SIMULATED / speed
     if rule is Rule.RECONSTRUCT:
-        schedule = SCHEDULES[settings.reconstruction.budget]
-        batch = min(settings.reconstruction.batch_size, schedule.batch_limit)
-        return macs * (schedule.iterations * batch * _BACKWARD + schedule.samples * 2 * 20) / speed
+        return _learning(settings, macs, SCHEDULES[settings.reconstruction.budget].iterations) / speed
     row = settings.scenarios[key]
     n_images = settings.tiers[row.tier].n_images
     if rule is Rule.SAMPLE:
@@ -114,6 +117,13 @@ def _work(settings: Settings, rule: Rule, key: str, speed: float) -> float:
     if rule is Rule.METRICS:
         return 2 * n_images * _METRIC_SECONDS_PER_IMAGE
     return 0.0
+
+
+def _learning(settings: Settings, macs: float, iterations: int) -> float:
+    """Multiply-accumulates of learning something unit by unit, capture of the units' data included."""
+    schedule = SCHEDULES[settings.reconstruction.budget]
+    batch = min(settings.reconstruction.batch_size, schedule.batch_limit)
+    return macs * (iterations * batch * _BACKWARD + schedule.samples * 2 * 20)
 
 
 def denoiser_macs(path: str, resolution: int) -> float:

@@ -54,7 +54,8 @@ class SiteQuantizer(nn.Module):
     `scale` and `zero_point` are float32 of shape (n_calls, ...) or (1, ...): entry `context.slot` (or 0)
     broadcasts against the tensor. They are NaN until set, and stay float32 when the model is cast. A
     `dynamic` quantizer has none: it takes those of every row (index of the first axis: a sample, or a head
-    of one) from the row itself, so a row depends on no other.
+    of one) from the row itself, so a row depends on no other. `soft_params`, when set, is called at every
+    forward for the parameters to use instead, with gradients (step-size learning).
     """
 
     scale: Tensor
@@ -75,6 +76,7 @@ class SiteQuantizer(nn.Module):
         self.non_negative = site.kind is SiteKind.PROBABILITIES
         self.mode = Mode.OFF
         self.observer: Observer | None = None
+        self.soft_params: Callable[[], AffineParams] | None = None
         self.register_buffer("scale", torch.full((n_calls,), torch.nan))
         self.register_buffer("zero_point", torch.full((n_calls,), torch.nan))
         self._fast: list[tuple[Tensor, float, float] | None] = []
@@ -123,6 +125,8 @@ class SiteQuantizer(nn.Module):
                 raise RuntimeError(f"{self.site.name}: asked to observe, but no observer was set")
             self.observer.update(x)
             return x
+        if self.soft_params is not None:
+            return fake_quantize(x, self.soft_params())
         if self.dynamic:
             return fake_quantize(x, self.params_of(x))
         if not self._fast:

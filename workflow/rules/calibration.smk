@@ -52,6 +52,7 @@ rule calibrate:
     threads: THREADS
     resources:
         gpu=GPU,
+        cache_mib=SETTINGS.reconstruction.cache_mib,
     params:
         **step("calibrate"),
         weights=lambda wildcards, input: (
@@ -59,7 +60,7 @@ rule calibrate:
         ),
     shell:
         "{HALFTONE} calibrate {params.options} --data {input.data} {params.weights}"
-        " --scratch {SCRATCH}/calibrate/{wildcards.scenario} -o {output} &> {log}"
+        " --cache-mib {resources.cache_mib} --scratch {SCRATCH}/calibrate/{wildcards.scenario} -o {output} &> {log}"
 
 
 rule analyze:

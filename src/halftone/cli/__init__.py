@@ -21,6 +21,7 @@ from halftone.cli import (
     export,
     inspection,
     metrics,
+    proxy,
     reconstruct,
     report,
     sample,
@@ -105,7 +106,12 @@ VERBS: dict[str, dict[str, Verb]] = {
         "summary": summary.verb,
         "report": report.verb,
     },
-    LOOK: {"verify": inspection.verify, "info": inspection.info, "schema": inspection.schema},
+    LOOK: {
+        "proxy": proxy.verb,
+        "verify": inspection.verify,
+        "info": inspection.info,
+        "schema": inspection.schema,
+    },
 }
 for _panel, _verbs in VERBS.items():
     for _name, _verb in _verbs.items():

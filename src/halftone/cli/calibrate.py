@@ -13,7 +13,7 @@ from halftone import tracking
 from halftone.cli import options
 from halftone.errors import UserError
 from halftone.recipes import Rounding
-from halftone.settings import Protocol
+from halftone.settings import Protocol, Reconstruction
 
 
 def verb(
@@ -30,6 +30,11 @@ def verb(
     axes: options.AxesOption = None,
     protocol: options.ProtocolOption = Protocol.EQUAL,
     batch_size: options.BatchSize = options.CALIBRATION.batch_size,
+    budget: options.BudgetOption = options.RECONSTRUCTION.budget,
+    unit_batch_size: Annotated[
+        int, typer.Option(min=1, help="Samples per iteration, for a recipe that learns its scales.")
+    ] = options.RECONSTRUCTION.batch_size,
+    cache_mib: options.CacheMib = options.RECONSTRUCTION.cache_mib,
     scratch: options.Scratch = None,
     name: options.Name = None,
 ) -> None:
@@ -76,7 +81,8 @@ def verb(
         choice,
         weights=codes,
         batch_size=batch_size,
-        checkpoint=work / "calls.safetensors",
+        how=Reconstruction(budget=budget, batch_size=unit_batch_size, cache_mib=cache_mib),
+        work=work,
     )
     state.save(output, chosen)
     shutil.rmtree(work, ignore_errors=True)

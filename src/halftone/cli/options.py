@@ -14,7 +14,7 @@ from halftone.errors import UserError
 from halftone.prompts import read_prompts
 from halftone.quantizers.bits import HIGHEST, LOWEST, Bits
 from halftone.recipes import PRESETS, Axes, resolve
-from halftone.settings import Calibration, Metrics, Protocol, Reconstruction, Sampling
+from halftone.settings import Budget, Calibration, Metrics, Protocol, Reconstruction, Sampling
 
 CALIBRATION, RECONSTRUCTION, SAMPLING, METRICS = Calibration(), Reconstruction(), Sampling(), Metrics()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -65,6 +65,12 @@ ProtocolOption = Annotated[
 ]
 Data = Annotated[
     Path, typer.Option("--data", help="Reference trajectory, of calibration-data.", show_default=False)
+]
+BudgetOption = Annotated[
+    Budget, typer.Option("--budget", help="Iterations, as a share of the published schedule.")
+]
+CacheMib = Annotated[
+    int, typer.Option(min=16, help="Memory for a unit's inputs and outputs; more spills to disk.")
 ]
 Scratch = Annotated[
     Path | None,

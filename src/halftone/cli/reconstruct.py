@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from typing import Annotated
-
-import typer
 
 from halftone import tracking
 from halftone.cli import options
 from halftone.errors import UserError
 from halftone.recipes import Rounding
-from halftone.settings import Budget, Protocol, Reconstruction
+from halftone.settings import Protocol, Reconstruction
 
 
 def verb(
@@ -24,12 +21,8 @@ def verb(
     revision: options.Revision = None,
     axes: options.AxesOption = None,
     protocol: options.ProtocolOption = Protocol.EQUAL,
-    budget: Annotated[
-        Budget, typer.Option(help="Iterations, as a share of the published schedule.")
-    ] = options.RECONSTRUCTION.budget,
-    cache_mib: Annotated[
-        int, typer.Option(min=16, help="Memory for a unit's inputs and outputs; more spills to disk.")
-    ] = options.RECONSTRUCTION.cache_mib,
+    budget: options.BudgetOption = options.RECONSTRUCTION.budget,
+    cache_mib: options.CacheMib = options.RECONSTRUCTION.cache_mib,
     batch_size: options.BatchSize = options.RECONSTRUCTION.batch_size,
     seed: options.Seed = 0,
     scratch: options.Scratch = None,

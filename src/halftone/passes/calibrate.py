@@ -8,7 +8,6 @@ says, and estimated on the calls that `axes.calibration_calls` chooses; extremes
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from halftone.calls import CallContext
 from halftone.errors import UserError
 from halftone.files import writing
 from halftone.layers import Mode, SiteQuantizer, set_mode
+from halftone.passes.fingerprint import fingerprint
 from halftone.passes.samples import calibration_prompts
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
 from halftone.progress import Progress
@@ -53,9 +53,9 @@ def calibrate(
     walk = _Walk(quantizers, axes)
     calls = trajectory.n_calls
     chosen = calibration_prompts(trajectory, axes.calibration_calls, seed)
-    mark = (
-        "" if checkpoint is None else _fingerprint(denoiser, quantizers, trajectory, axes, batch_size, seed)
-    )
+    widths = {name: quantizer.bits for name, quantizer in quantizers.items()}
+    facts = [axes.model_dump(mode="json"), widths, batch_size, seed]
+    mark = "" if checkpoint is None else fingerprint(denoiser, trajectory, facts)
     if checkpoint is not None:
         walk.resume(checkpoint, mark)
     progress = Progress("calibrate", calls)
@@ -213,23 +213,3 @@ def _fit(quantizer: SiteQuantizer, lo: Tensor, hi: Tensor) -> AffineParams:
 def _place(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:
     parameter = next(denoiser.parameters())
     return parameter.device, parameter.dtype
-
-
-def _fingerprint(
-    denoiser: nn.Module,
-    quantizers: Mapping[str, SiteQuantizer],
-    trajectory: Trajectory,
-    axes: Axes,
-    batch_size: int,
-    seed: int,
-) -> str:
-    """Of everything that the result depends on."""
-    digest = hashlib.sha256()
-    sites = {name: quantizer.bits for name, quantizer in quantizers.items()}
-    digest.update(json.dumps([axes.model_dump(mode="json"), sites, batch_size, seed]).encode())
-    inputs = {**trajectory.conditions, **trajectory.unconditions, **trajectory.common}
-    inputs |= {"latents": trajectory.latents, "timesteps": trajectory.timesteps}
-    for name, value in [*sorted(inputs.items()), *denoiser.named_parameters()]:
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

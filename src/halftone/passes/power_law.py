@@ -2,8 +2,8 @@
 softmax output: a power law is served by a log2 quantizer, anything narrower by a uniform one.)
 
 Both laws are fitted by maximum likelihood above the same smallest value (Clauset, Shalizi and Newman). The
-paper names neither the alternative nor the smallest value: the exponential and the smallest positive value are
-our choice. The alternative decides much, a lognormal would always win.
+paper names neither the alternative nor the smallest value: the exponential and the smallest positive value
+are our choice. The alternative decides much, a lognormal would always win.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 
 class Fit(NamedTuple):
-    """A law's one parameter (exponent or rate), and the logarithm of the likelihood of the values under it."""
+    """A law's one parameter (exponent or rate), and the logarithm of the likelihood of the values under
+    it."""
 
     parameter: float
     log_likelihood: float
@@ -33,7 +34,8 @@ def fit_power_law(values: Tensor, smallest: float) -> Fit:
 
 
 def fit_exponential(values: Tensor, smallest: float) -> Fit:
-    """Rate of a density that falls as exp(-rate x) above `smallest`; arguments and fault as `fit_power_law`."""
+    """Rate of a density that falls as exp(-rate x) above `smallest`; arguments and fault as
+    `fit_power_law`."""
     count = values.numel()
     beyond = float((values.double() - smallest).sum())
     if beyond <= 0:

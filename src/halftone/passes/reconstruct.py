@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from halftone import __version__
@@ -27,17 +27,19 @@ from halftone.denoiser import blocks
 from halftone.errors import UserError
 from halftone.files import explain_disk_faults
 from halftone.layers import WeightCodes, fit_weight, nearest_codes, store_codes
+from halftone.passes import temporal
+from halftone.passes.fingerprint import fingerprint
 from halftone.passes.reconstructed import Reconstructed, UnitReport, load
 from halftone.passes.samples import choose_samples
 from halftone.passes.schedule import SCHEDULES
-from halftone.passes.unit_data import Weights, capture
+from halftone.passes.unit_data import UnitData, Weights, capture
 from halftone.passes.unit_rounding import learn
 from halftone.passes.unit_trace import Signature, trace
 from halftone.passes.weights import check_weight
 from halftone.progress import Progress
 from halftone.quantizers.affine import AffineParams, dequantize
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, UnitInput
+from halftone.recipes import Axes, TemporalBlock, UnitInput
 from halftone.settings import Reconstruction
 from halftone.trajectory import Sample, Trajectory, sample_inputs
 
@@ -97,6 +99,8 @@ class _Work:
         self.schedule = SCHEDULES[settings.budget]
         self.weights = Weights(denoiser, modules)
         self.splits: dict[str, int] = {}
+        apart = axes.temporal_block is TemporalBlock.APART
+        self.temporal = temporal.TemporalBlock(denoiser) if apart else None
         self.samples = choose_samples(trajectory, self.schedule.samples, seed, axes.calibration_calls)
 
     def run(self) -> Reconstructed:
@@ -133,8 +137,9 @@ class _Work:
             name: fit_weight(weight, self.bits.weight, self.axes.weight_range, self.splits.get(name))
             for name, weight in self.weights.full_precision.items()
         }
+        apart = [] if self.temporal is None else [n for n in self.temporal.names if n in params]
         members = {
-            block.name: [name for name in block.layers if name in params]
+            block.name: [name for name in block.layers if name in params and name not in apart]
             for block in blocks(self.denoiser, boundary=True)
         }
         names = [name for name, layers in members.items() if layers]
@@ -142,6 +147,9 @@ class _Work:
         rows = [self._inputs((self.samples * 2)[:count]) for count in (1, 2)]
         signatures = trace(self.denoiser, names, *rows)
         units = [_Unit(one, {name: params[name] for name in members[one.unit]}) for one in signatures]
+        if self.temporal is not None and apart:
+            data = self.temporal.data(self.denoiser, self.trajectory)
+            units.insert(0, _Unit(data.signature, {name: params[name] for name in apart}))
         running = {name for unit in units for name in unit.params}
         return units, {name: one for name, one in params.items() if name not in running}
 
@@ -151,29 +159,46 @@ class _Work:
 
     def _learn(self, unit: _Unit, advance: Callable[[], None]) -> Reconstructed:
         name = unit.signature.unit
-        module = self.denoiser.get_submodule(name)
+        if self.temporal is not None and name == temporal.NAME:
+            names = self.temporal.weight_names(unit.params)
+            data = self.temporal.data(self.denoiser, self.trajectory)
+            return self._round(unit, self.temporal, names, data, advance)
         names = {_weight_name(self.denoiser, name, layer): layer for layer in unit.params}
+        # what is learned apart stays as it was learned
+        inside = {k: v for k, v in self.weights.rounded.items() if k.startswith(f"{name}.")}
         with tempfile.TemporaryDirectory(prefix="cache-", dir=self.checkpoint) as folder:
             data = capture(
                 self.denoiser,
                 unit.signature,
                 self.trajectory,
                 self.samples,
-                self.weights,
-                quantized_prefix=self.axes.unit_input is UnitInput.QUANTIZED_PREFIX,
+                prefix=self._prefix(),
                 limit_mib=self.settings.cache_mib,
                 chunk=self.settings.batch_size,
                 folder=Path(folder),
             )
-            learned = learn(
-                module,
-                {weight: unit.params[layer] for weight, layer in names.items()},
-                data,
-                self.schedule,
-                self.settings.batch_size,
-                _seed_of(self.seed, name),
-                advance,
-            )
+            with self.weights.in_use(inside):
+                return self._round(unit, self.denoiser.get_submodule(name), names, data, advance)
+
+    def _round(
+        self,
+        unit: _Unit,
+        module: nn.Module,
+        names: Mapping[str, str],
+        data: UnitData,
+        advance: Callable[[], None],
+    ) -> Reconstructed:
+        """Codes of the layers in `names` (name of a weight in `module` -> layer)."""
+        name = unit.signature.unit
+        learned = learn(
+            module,
+            {weight: unit.params[layer] for weight, layer in names.items()},
+            data,
+            self.schedule,
+            self.settings.batch_size,
+            _seed_of(self.seed, name),
+            advance,
+        )
         report = UnitReport(
             name,
             learned.mse_before,
@@ -187,6 +212,12 @@ class _Work:
             for weight, layer in names.items()
         }
         return Reconstructed(weights, (report,))
+
+    def _prefix(self) -> Callable[[], contextlib.AbstractContextManager[None]] | None:
+        rounded = self.weights.rounded
+        if self.axes.unit_input is UnitInput.FULL_PRECISION or not rounded:
+            return None
+        return lambda: self.weights.in_use(rounded)
 
     def _file(self, place: int) -> Path:
         return self.checkpoint / f"unit-{place:04d}.safetensors"
@@ -224,16 +255,7 @@ class _Work:
             "versions": [__version__, torch.__version__],
             "device": first.device.type,
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        tensors = {f"model/{name}": value for name, value in self.denoiser.state_dict().items()}
-        for field in dataclasses.fields(self.trajectory):
-            value = getattr(self.trajectory, field.name)
-            group = value if isinstance(value, Mapping) else {"": value}
-            tensors |= {f"{field.name}/{name}": one for name, one in group.items() if isinstance(one, Tensor)}
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return fingerprint(self.denoiser, self.trajectory, facts)
 
 
 class _UnitProgress:

@@ -35,6 +35,26 @@ class Schedule:
         assert 0 <= self.warm_up < 1
 
 
+@dataclass(frozen=True)
+class StepSizeSchedule:
+    """Settings of one unit's step-size learning: the rate falls to 0 as a cosine.
+
+    The rate is that of the logarithm of a scale (our choice: scales of one unit differ by orders of
+    magnitude, and none may turn negative).
+    """
+
+    iterations: int
+    learning_rate: float
+    norm: float = 2.4
+
+
+STEP_SIZES: dict[Budget, StepSizeSchedule] = {
+    Budget.SMOKE: StepSizeSchedule(4, 1e-2),
+    Budget.FAST: StepSizeSchedule(60, 1e-2),
+    Budget.STANDARD: StepSizeSchedule(5000, 2e-3),
+}
+
+
 SCHEDULES: dict[Budget, Schedule] = {
     Budget.SMOKE: Schedule(
         iterations=8,

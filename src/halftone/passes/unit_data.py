@@ -5,8 +5,8 @@ They are captured by running the denoiser up to the unit and stopping there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,8 @@ def capture(
     signature: Signature,
     trajectory: Trajectory,
     samples: Sequence[Sample],
-    weights: Weights,
     *,
-    quantized_prefix: bool,
+    prefix: Callable[[], AbstractContextManager[None]] | None,
     limit_mib: int,
     chunk: int,
     folder: Path,
@@ -92,10 +91,10 @@ def capture(
     """Run the denoiser on the samples, `chunk` at a time, and keep what the unit is given and should
     return.
 
-    It should return what it returns in full precision; it is given what the rounded weights before it, or
-    with `quantized_prefix` false the full-precision ones, hand on. More than `limit_mib` MiB go to `folder`
-    (which the caller removes), as bfloat16. Raises UserError where a value is not finite, and for a full
-    disk.
+    It should return what the denoiser as it stands, in full precision, returns; it is given what the
+    denoiser hands on inside `prefix`, its quantized state, or as it stands where there is none. More than
+    `limit_mib` MiB go to `folder` (which the caller removes), as bfloat16. Raises UserError where a value is
+    not finite, and for a full disk.
     """
     first = next(denoiser.parameters())
     spilled = signature.bytes_per_row * len(samples) > limit_mib * MIB
@@ -105,8 +104,8 @@ def capture(
             trajectory, samples[start : start + chunk], device=first.device, dtype=first.dtype
         )
         inputs, outputs = _run_to(denoiser, signature.unit, given)
-        if quantized_prefix and weights.rounded:
-            with weights.in_use(weights.rounded):
+        if prefix is not None:
+            with prefix():
                 inputs, _ = _run_to(denoiser, signature.unit, given, outputs=False)
         rows = [leaf for leaf, grows in zip(leaves(inputs), signature.by_row, strict=True) if grows]
         tensors = [*rows, *outputs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from halftone import device
 from halftone.calls import CallContext
 from halftone.denoiser import denoiser_of, is_layer, sites
 from halftone.errors import UserError
-from halftone.layers import WeightCodes, set_weights, wrap
+from halftone.layers import WeightCodes, quantized_layers, set_weights, wrap
 from halftone.passes.calibrate import calibrate as observe
 from halftone.passes.state import CalibrationState
+from halftone.passes.step_size import learn_step_sizes
 from halftone.passes.weights import quantize_weights
 from halftone.provenance import Provenance
-from halftone.recipes import TimeAxis
+from halftone.recipes import StepSize, TimeAxis
+from halftone.settings import Reconstruction
 from halftone.source import Source
 from halftone.steps.choice import Choice, check_same_model
 from halftone.trajectory import Trajectory
@@ -32,13 +35,14 @@ def calibrate(
     *,
     weights: Mapping[str, WeightCodes] | None = None,
     batch_size: int = 16,
-    checkpoint: Path | None = None,
+    how: Reconstruction | None = None,
+    work: Path | None = None,
 ) -> CalibrationState:
     """Weight codes and activation parameters. `weights`: reconstructed ones, for a recipe that learns its
-    rounding.
+    rounding. `how`: of step-size learning, for a recipe that learns its scales.
 
-    The denoiser is wrapped meanwhile and handed back as it was. `checkpoint`: a file from which an
-    interrupted run goes on.
+    The denoiser is wrapped meanwhile and handed back as it was. `work`: a folder from which an interrupted
+    run goes on; the caller removes it. Without one nothing is kept on the way.
     """
     check_same_model(source, known)
     if choice.learns_rounding != (weights is not None):
@@ -57,7 +61,7 @@ def calibrate(
     with restored(denoiser):
         dynamic = choice.axes.time_axis is TimeAxis.DYNAMIC
         quantizers = wrap(denoiser, found, choice.bits, slots, context, dynamic)
-        set_weights(denoiser, weights, choice.bits.weight)
+        set_weights(denoiser, weights, choice.bits.weight, keep_full_precision=True)
         activations = observe(
             denoiser,
             quantizers,
@@ -66,8 +70,25 @@ def calibrate(
             choice.axes,
             batch_size=batch_size,
             seed=known.seed,
-            checkpoint=checkpoint,
+            checkpoint=None if work is None else work / "calls.safetensors",
         )
+        if choice.axes.step_size is StepSize.LEARNED:
+            for layer in quantized_layers(denoiser).values():
+                layer.use_full_precision(True)
+            with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
+                activations = learn_step_sizes(
+                    denoiser,
+                    quantizers,
+                    context,
+                    trajectory,
+                    weights,
+                    activations,
+                    choice.axes,
+                    how or Reconstruction(),
+                    weight_bits=choice.bits.weight,
+                    seed=known.seed,
+                    checkpoint=(work or Path(spare)) / "step_sizes",
+                )
     return CalibrationState(dict(weights), activations, trajectory.timesteps, trajectory.noise_levels)
 
 

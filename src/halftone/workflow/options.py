@@ -10,6 +10,7 @@ import json
 import shlex
 from typing import Any
 
+from halftone.recipes import StepSize
 from halftone.settings import Model, Scenario, Settings
 from halftone.workflow import paths
 from halftone.workflow.paths import Rule
@@ -56,6 +57,9 @@ def _reconstruct(settings: Settings, key: str) -> list[str]:
 def _calibrate(settings: Settings, key: str) -> list[str]:
     row = settings.scenarios[key]
     flags = _flags(batch_size=settings.calibration.batch_size, name=key)
+    if row.resolved_axes().step_size is StepSize.LEARNED:
+        how = settings.reconstruction
+        flags += _flags(budget=how.budget, unit_batch_size=how.batch_size)
     return [*_source(settings.models[row.model]), *_recipe(row), *flags]
 
 

@@ -18,7 +18,7 @@ import yaml
 from halftone.errors import UserError
 from halftone.files import write_text
 from halftone.settings import Settings
-from halftone.workflow import config
+from halftone.workflow import config, proxy
 from halftone.workflow.paths import LOGS, RESULTS, SCRATCH, TIMINGS, Rule
 
 SEEN = Path(".snakemake/halftone-ids.json")
@@ -78,7 +78,7 @@ def prune(gone: Iterable[str], *, dry_run: bool = False) -> list[Path]:
 
 def _files() -> list[Path]:
     """Files and folders under a folder of a rule, which are named by a model or scenario."""
-    homes = (root / rule for root in (RESULTS, LOGS, TIMINGS, SCRATCH) for rule in Rule)
+    homes = (root / rule for root in (RESULTS, LOGS, TIMINGS, SCRATCH) for rule in (*Rule, proxy.NAME))
     found = (path for home in homes if home.is_dir() for path in sorted(home.iterdir()))
     return [path for path in found if not path.name.startswith(".")]
 

@@ -1,0 +1,61 @@
+"""Every preset: through the whole chain on a tiny model, and read back from its artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+import halftone
+from halftone.artefact import info, verify
+from halftone.plan import Plan
+from halftone.recipes import PRESETS, Axes, Shortcut, StepSize, TimeAxis, resolve
+
+PROMPTS = ["a small red star on a plain grey background", "a large blue ring on a plain grey background"]
+HOW: dict[str, Any] = {"steps": 3, "guidance": 3.0, "resolution": 16, "budget": "smoke", "batch_size": 2}
+
+
+@pytest.mark.parametrize("recipe", sorted(PRESETS.keys() - {"minmax", "static"}))
+def test_a_preset_goes_through_the_chain_and_draws(
+    recipe: str, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    folder = halftone.quantize(str(tiny_model_folder), recipe, PROMPTS, tmp_path / "out", bits="w4a6", **HOW)
+    verify(folder)
+    assert info(folder)["recipe"] == recipe
+    plan = Plan.load(folder / "plan.json")
+    assert plan.axes == PRESETS[recipe]
+    split = {site.kind for site in plan.sites if site.split is not None}
+    assert split == ({"input", "weight"} if plan.axes.shortcut is Shortcut.SPLIT else set())
+    images = halftone.load(folder)(
+        PROMPTS, num_inference_steps=3, guidance_scale=3.0, height=16, width=16, output_type="np"
+    ).images
+    assert np.isfinite(images).all()
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"step_size": "learned", "time_axis": "per_call"}, "learns shared parameters"),
+        ({"calibration_calls": "normal", "time_axis": "per_call"}, "calibration_calls: all"),
+        ({"temporal_block": "apart"}, "nothing is learned"),
+        ({"shortcut": "split", "time_axis": "dynamic"}, "needs stored parameters"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_refused(axes: dict[str, str], message: str) -> None:
+    with pytest.raises((ValidationError, ValueError), match=message):
+        resolve("minmax", axes)
+
+
+def test_an_axis_of_a_preset_can_be_overridden() -> None:
+    axes = resolve("qdiffusion", {"step_size": "fitted"})
+    assert axes.step_size is StepSize.FITTED
+    assert axes.shortcut is Shortcut.SPLIT
+
+
+def test_neutral_is_the_plainest_quantizer() -> None:
+    assert PRESETS["minmax"] == Axes()
+    assert Axes().time_axis is TimeAxis.SHARED

@@ -1,0 +1,29 @@
+from halftone.workflow import proxy as card
+
+
+# Is what the published methods address present in these models? Asked for by name alone: `snakemake proxy`.
+rule proxy:
+    input:
+        expand(card.CARD, model=SETTINGS.models),
+
+
+rule proxy_card:
+    input:
+        data=CALIBRATION_DATA,
+        prompts=SETTINGS.prompts["calibration"],
+        model=model_files,
+    output:
+        directory(card.CARD),
+    log:
+        "logs/proxy/{model}.log",
+    benchmark:
+        "logs/benchmark/proxy/{model}.tsv"
+    threads: THREADS
+    resources:
+        gpu=GPU,
+    params:
+        options=lambda wildcards: card.options(SETTINGS, wildcards.model),
+        code=card.code_hash(ROOT),
+    shell:
+        "{HALFTONE} proxy {params.options} --trajectory {input.data} --prompts {input.prompts:q}"
+        " -o {output} &> {log}"
