@@ -1,0 +1,109 @@
+"""What an integer product is made of: codes of an activation, codes of a weight, the geometry of a layer.
+
+Every kernel computes the same thing: sums of (code - zero point) x (weight code - its zero point) in
+integers, times both scales, plus the bias. Codes are those of `halftone.quantizers.affine`, division and
+rounding alike, so that simulated and integer execution of one tensor hold the same codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halftone.errors import UserError
+
+_BYTE_SHIFT = 128  # a cast to int8 is several times faster than one to uint8
+
+
+class Affine(NamedTuple):
+    """Parameters of one activation tensor: float32 scale of no dimensions, zero point, width of the codes."""
+
+    scale: Tensor
+    zero_point: int
+    bits: int
+
+    @property
+    def high(self) -> int:
+        """Highest code; the lowest is 0."""
+        return 2**self.bits - 1
+
+    @property
+    def reach(self) -> int:
+        """Largest magnitude of code - zero point."""
+        return max(abs(self.zero_point), abs(self.high - self.zero_point))
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """Integer codes (out, in, ...) with a float32 scale and a whole zero point per output channel, (out,)."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def steps(self) -> Tensor:
+        """Codes minus zero points, int32, of the shape of the codes."""
+        shape = (-1,) + (1,) * (self.codes.ndim - 1)
+        return self.codes.to(torch.int32) - self.zero_point.to(torch.int32).reshape(shape)
+
+    @property
+    def terms(self) -> int:
+        """Products in one sum."""
+        return self.codes[0].numel()
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a Conv2d slides; padding stands for the real value 0, so for the code that is the zero point."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+def geometry_of(layer: nn.Module) -> Geometry | None:
+    """None for a Linear. Raises ValueError for a convolution that pads with anything but zeros."""
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise ValueError(f"padding {layer.padding!r} of mode {layer.padding_mode!r}")
+    return Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+class Product(Protocol):
+    """One weight, made ready for a kernel."""
+
+    def __call__(self, codes: Tensor, affine: Affine, bias: Tensor | None = None) -> Tensor:
+        """Both scales times the sums of `accumulate`, plus bias (out,): the layer's output, as a float.
+
+        codes: (..., in) for a Linear, (batch, in, height, width) for a Conv2d.
+        """
+        ...
+
+    def accumulate(self, codes: Tensor, affine: Affine) -> Tensor:
+        """Sums of (code - zero point) x (weight code - its zero point): whole numbers in a float type."""
+        ...
+
+
+def steps(x: Tensor, affine: Affine, site: str = "tensor") -> Tensor:
+    """Code - zero point of every value, whole numbers in float32. Raises UserError for NaN."""
+    low, high = -affine.zero_point, affine.high - affine.zero_point
+    values = x.detach().float().div(affine.scale).round_().clamp_(low, high)
+    # the clamp has taken infinities, as the codes are defined; only NaN is left to spoil a sum
+    if values.sum().isnan():
+        raise UserError(f"{site}: holds NaN, which has no code; try more bits, or run the model in float32")
+    return values
+
+
+def encode(x: Tensor, affine: Affine, site: str = "tensor") -> Tensor:
+    """Codes of `x`: uint8 up to 8 bits, int32 above. Raises UserError for NaN."""
+    whole = steps(x, affine, site)
+    if affine.bits > 8:
+        return whole.add_(affine.zero_point).to(torch.int32)
+    return (
+        whole.add_(affine.zero_point - _BYTE_SHIFT).to(torch.int8).view(torch.uint8).bitwise_xor_(_BYTE_SHIFT)
+    )
