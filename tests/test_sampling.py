@@ -82,6 +82,24 @@ def test_shards_are_slices_of_the_whole(quantized: Subject, prompts: Path, tmp_p
     assert not np.array_equal(whole.image(SeedSet.A, 0), whole.image(SeedSet.B, 0))
 
 
+def test_a_paired_shard_holds_the_latents_of_every_call(
+    quantized: Subject, prompts: Path, tmp_path: Path
+) -> None:
+    sample_shard(tmp_path / "both.zip", quantized, prompts, n_images=3)
+    index = sample_shard(tmp_path / "paired.zip", quantized, prompts, n_images=3, paired=True)
+    both, paired = read_shard(tmp_path / "both.zip"), read_shard(tmp_path / "paired.zip")
+    assert set(index.seeds) == {SeedSet.A}
+    assert all(np.array_equal(paired.image(SeedSet.A, k), both.image(SeedSet.A, k)) for k in range(3))
+    assert paired.latents is not None
+    assert both.latents is None
+    assert paired.latents.shape == (3, 5, 4, 8, 8)  # 4 steps of PNDM are 5 calls
+    vae = quantized.pipeline.vae
+    with torch.inference_mode():
+        last = torch.from_numpy(paired.latents[:, -1]).float() / vae.config.scaling_factor
+        decoded = quantized.pipeline.image_processor.postprocess(vae.decode(last)[0], output_type="np")
+    assert np.abs(decoded[0] * 255 - paired.image(SeedSet.A, 0)).max() < 2  # float16 is all that was lost
+
+
 def test_the_same_shard_has_the_same_bytes(full_precision: Subject, prompts: Path, tmp_path: Path) -> None:
     for name in ("one.zip", "two.zip"):
         sample_shard(tmp_path / name, full_precision, prompts, n_images=2)

@@ -59,6 +59,8 @@ COLUMNS = (
     _figure("lpips", _DOWN, "perceptual distance to the full-precision image of the same prompt and noise"),
     _figure("psnr", _UP, "peak signal-to-noise ratio to the full-precision image, in dB"),
     _figure("ssim", _UP, "structural similarity to the full-precision image"),
+    _figure("alignment_flips", _DOWN, "share of images whose alignment is another than full precision's"),
+    _figure("latent_error", _DOWN, "distance of the final latents to full precision's, over their norm"),
     Column("size_mib", "the denoiser as stored in the artefact, in MiB", _DOWN),
     Column("weight_mib", "the denoiser counted: packed bits, scales, what stays in float; in MiB", _DOWN),
     Column("bops", "bit operations of one call on one latent: 2 x multiply-accumulates x bits x bits", _DOWN),

@@ -11,6 +11,7 @@ side of a code and the sampler carries that on.)
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import halftone
@@ -37,6 +39,8 @@ from halftone.source import load_source
 from halftone.trajectory import run_arguments
 
 __all__ = ["SeedSet", "Subject", "lanes", "load_subject", "read_shard", "sample", "sample_shard"]
+
+Latents = NDArray[np.float16]
 
 _LANES = 8  # a small U-Net on two cores: within 10 % of the speed at 32
 _LARGE = 32 * 32  # latent positions above which one image at a time is as fast, and needs the memory of one
@@ -118,9 +122,17 @@ def lanes(pipeline: Any, resolution: int | None) -> int:
     return _LANES if height and width and height * width <= _LARGE else 1
 
 
-def sample(subject: Subject, prompts: Sequence[str], ids: Sequence[int], seed: int) -> Iterator[Pixels]:
+def sample(
+    subject: Subject,
+    prompts: Sequence[str],
+    ids: Sequence[int],
+    seed: int,
+    latents: list[Latents] | None = None,
+) -> Iterator[Pixels]:
     """Images uint8 (height, width, 3) of `prompts[k]` for k in `ids`, in order, with the noise of `seed`.
 
+    latents: a list that gets, for every image, what each step of the scheduler handed on: (calls, channels,
+    height, width).
     Raises UserError naming call and prompts where the denoiser or the decoder gives NaN or infinity.
     """
     pipeline = subject.pipeline
@@ -138,8 +150,10 @@ def sample(subject: Subject, prompts: Sequence[str], ids: Sequence[int], seed: i
             seed=seed,
         )
         where = f"prompts {wanted[0] + 1} to {wanted[-1] + 1}, seed {seed}"
-        with torch.inference_mode(), _finite(pipeline, where):
+        with torch.inference_mode(), _finite(pipeline, where), _steps(pipeline) as seen:
             images = np.asarray(pipeline(**arguments, output_type="np").images)
+        if latents is not None:
+            latents += list(np.stack(seen, axis=1)[: len(wanted)])
         yield from np.rint(images[: len(wanted)] * 255).astype(np.uint8)
 
 
@@ -153,20 +167,24 @@ def sample_shard(
     n_shards: int = 1,
     seed_a: int = 1,
     seed_b: int = 2,
+    paired: bool = False,
 ) -> ShardIndex:
     """Sample one shard of `n_images` prompts of a file, both seed sets, and write it; returns its index.
 
+    paired: seed set A only, with the latents of every call.
     Raises UserError, and writes nothing, for prompts that are too few or would be cut, seed sets that are not
     disjoint, or images that hold NaN.
     """
     lines = read_prompts(prompts)
     if n_images > len(lines):
         raise UserError(f"{prompts}: {n_images} images need as many prompts, the file holds {len(lines)}")
-    if seed_a == seed_b:
+    if seed_a == seed_b and not paired:
         raise UserError(f"seed {seed_a} is given to both seed sets; they must differ")
     ids = slice_of(n_images, shard, n_shards)
     check_lengths(lines[:n_images], subject.pipeline, prompts)
-    images = _both_sets(subject, lines, ids, {SeedSet.A: seed_a, SeedSet.B: seed_b})
+    seeds = {SeedSet.A: seed_a} if paired else {SeedSet.A: seed_a, SeedSet.B: seed_b}
+    latents: list[Latents] | None = [] if paired else None
+    images = _seed_sets(subject, lines, ids, seeds, latents)
     first = next(images)
     height, width, _ = first[2].shape
     index = ShardIndex(
@@ -175,7 +193,8 @@ def sample_shard(
         first=ids.start,
         count=len(ids),
         n_images=n_images,
-        seeds={SeedSet.A: seed_a, SeedSet.B: seed_b},
+        seeds=seeds,
+        latent_calls=len(latents[0]) if latents else 0,
         height=height,
         width=width,
         model=subject.model,
@@ -193,19 +212,43 @@ def sample_shard(
         torch=torch.__version__,
         diffusers=diffusers.__version__,
     )
-    write_shard(output, index, itertools.chain([first], images))
+    write_shard(output, index, itertools.chain([first], images), lambda: np.stack(latents or []))
     return index
 
 
-def _both_sets(
-    subject: Subject, prompts: Sequence[str], ids: range, seeds: dict[SeedSet, int]
+def _seed_sets(
+    subject: Subject,
+    prompts: Sequence[str],
+    ids: range,
+    seeds: dict[SeedSet, int],
+    latents: list[Latents] | None,
 ) -> Iterator[tuple[SeedSet, int, Pixels]]:
     progress = Progress("sample", len(seeds) * len(ids))
     started = time.monotonic()
     for seed_set, seed in seeds.items():
-        for prompt, image in zip(ids, sample(subject, prompts, ids, seed), strict=True):
+        for prompt, image in zip(ids, sample(subject, prompts, ids, seed, latents), strict=True):
             progress.advance(note=f"{(progress.done + 1) / (time.monotonic() - started):.2f} images/s")
             yield seed_set, prompt, image
+
+
+@contextlib.contextmanager
+def _steps(pipeline: Any) -> Iterator[list[Latents]]:
+    """What the scheduler hands on after every call, (images, channels, height, width), during one run."""
+    scheduler, seen = pipeline.scheduler, list[Latents]()
+    original = scheduler.step
+
+    @functools.wraps(original)  # pipelines read the signature
+    def step(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        latents = output.prev_sample if hasattr(output, "prev_sample") else output[0]
+        seen.append(latents.detach().to("cpu", torch.float16).numpy())
+        return output
+
+    scheduler.step = step
+    try:
+        yield seen
+    finally:
+        del scheduler.step
 
 
 @contextlib.contextmanager

@@ -57,6 +57,9 @@ class Model(_Section):
 class Tier(_Section):
     prompts: PromptSet = Field(description="prompt set that images are sampled for")
     n_images: int = Field(ge=1, le=100_000, description="images per row and seed set")
+    paired: bool = Field(
+        False, description="seed set A only, and the latents of every call: paired figures, no distances"
+    )
 
 
 class Calibration(_Section):

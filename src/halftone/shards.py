@@ -1,7 +1,8 @@
 """Shards: a zip of PNGs for a slice of the prompts, in seed sets A and B, the same bytes for the same images.
 
 `a/00000.png` is the image of prompt 0 with the noise of seed set A; `index.json` says where all of them come
-from. Members are stored, not compressed again, and carry no times.
+from; `a/latents.npy`, where it was asked for, holds the latents after every call, float16. Members are
+stored, not compressed again, and carry no times.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -25,9 +26,10 @@ from halftone.files import writing
 from halftone.plan import Execution
 
 Pixels = NDArray[np.uint8]
-_INDEX = "index.json"
+_INDEX, _LATENTS = "index.json", "a/latents.npy"
 _LARGEST_INDEX = 1 << 24
 _LARGEST_PNG = 1 << 28
+_LARGEST_LATENTS = 1 << 32
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can hold
 
 
@@ -63,6 +65,7 @@ class ShardIndex(BaseModel):
     steps: int
     guidance: float
     lanes: int = Field(ge=1, description="images the model was run on at once")
+    latent_calls: int = Field(0, ge=0, le=10_000, description="calls whose latents are kept; 0: none")
     scheduler: str
     halftone: str = Field(description="version")
     torch: str = Field(description="version")
@@ -79,6 +82,8 @@ class Shard:
 
     index: ShardIndex
     images: dict[SeedSet, list[Pixels]]
+    latents: NDArray[np.float16] | None = None
+    """(count, calls, channels, height, width), of seed set A."""
 
     def image(self, seed_set: SeedSet, prompt: int) -> Pixels:
         return self.images[seed_set][self.index.ids.index(prompt)]
@@ -93,9 +98,15 @@ def slice_of(n_images: int, shard: int, n_shards: int) -> range:
     return range(shard * n_images // n_shards, (shard + 1) * n_images // n_shards)
 
 
-def write_shard(path: Path | str, index: ShardIndex, images: Iterable[tuple[SeedSet, int, Pixels]]) -> None:
+def write_shard(
+    path: Path | str,
+    index: ShardIndex,
+    images: Iterable[tuple[SeedSet, int, Pixels]],
+    latents: Callable[[], NDArray[np.float16]] | None = None,
+) -> None:
     """Write a shard as its images come: (seed set, prompt id, uint8 (height, width, 3)).
 
+    latents: asked for once all images have come, where the index says that there are some.
     The file is whole or absent. Raises ValueError where the images are not those of the index, in its order.
     """
     expected = [(seed_set, k) for seed_set in sorted(index.seeds) for k in index.ids]
@@ -111,6 +122,10 @@ def write_shard(path: Path | str, index: ShardIndex, images: Iterable[tuple[Seed
             written += 1
         if written != len(expected):
             raise ValueError(f"{written} images for an index of {len(expected)}")
+        if index.latent_calls and latents is not None:
+            stream = io.BytesIO()
+            np.save(stream, latents(), allow_pickle=False)
+            _store(archive, _LATENTS, stream.getvalue())
 
 
 def read_shard(path: Path | str) -> Shard:
@@ -130,7 +145,7 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Shard:
     if len(members) != len(archive.infolist()) or _INDEX not in members:
         raise UserError(f"{path}: not a shard of images; run halftone sample again")
     for info in members.values():
-        limit = _LARGEST_INDEX if info.filename == _INDEX else _LARGEST_PNG
+        limit = {_INDEX: _LARGEST_INDEX, _LATENTS: _LARGEST_LATENTS}.get(info.filename, _LARGEST_PNG)
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
             raise UserError(f"{path}: {info.filename[:100]!r} is not as halftone stores it; do not trust it")
     content = archive.read(_INDEX)
@@ -141,6 +156,7 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Shard:
         where = ".".join(str(part) for part in error["loc"])
         raise UserError(f"{path}: {_INDEX}: {where}: {error['msg']}; run halftone sample again") from None
     wanted = {_member(seed_set, k) for seed_set in index.seeds for k in index.ids} | {_INDEX}
+    wanted |= {_LATENTS} if index.latent_calls else set()
     for problem, names in (("lacks", wanted - set(members)), ("has the unknown", set(members) - wanted)):
         if names:
             raise UserError(f"{path}: {problem} {min(names)[:100]!r}; run halftone sample again")
@@ -148,7 +164,14 @@ def _read(path: Path, archive: zipfile.ZipFile) -> Shard:
         seed_set: [_pixels(path, archive, _member(seed_set, k), index) for k in index.ids]
         for seed_set in sorted(index.seeds)
     }
-    return Shard(index, images)
+    return Shard(index, images, _latents(archive, index) if index.latent_calls else None)
+
+
+def _latents(archive: zipfile.ZipFile, index: ShardIndex) -> NDArray[np.float16]:
+    found = np.load(io.BytesIO(archive.read(_LATENTS)), allow_pickle=False)
+    if found.dtype != np.float16 or found.ndim != 5 or found.shape[:2] != (index.count, index.latent_calls):
+        raise ValueError(f"{_LATENTS}: {found.dtype} {found.shape}, against the index")
+    return found
 
 
 def _pixels(path: Path, archive: zipfile.ZipFile, name: str, index: ShardIndex) -> Pixels:

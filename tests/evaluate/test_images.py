@@ -58,6 +58,7 @@ def test_shards_are_joined_in_the_order_of_prompts(tmp_path: Path) -> None:
     paths = [store(tmp_path / f"{k}.zip", index(k, 2)) for k in (1, 0)]
     images, first = read_images(paths)
     assert images.a[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40]
+    assert images.b is not None
     assert images.b[:, 0, 0, 0].tolist() == [1, 11, 21, 31, 41]
     assert first.shard == 0
 
@@ -75,9 +76,15 @@ def test_shards_that_make_no_row_are_refused(tmp_path: Path) -> None:
         read_images([whole[0], other])
     with pytest.raises(UserError, match="no shards"):
         read_images([])
-    alone = store(tmp_path / "alone.zip", index(seeds={SeedSet.A: 1}))
-    with pytest.raises(UserError, match="no images of seed set b"):
-        read_images([alone])
+    other_noise = store(tmp_path / "alone.zip", index(seeds={SeedSet.B: 1}))
+    with pytest.raises(UserError, match="no images of seed set a"):
+        read_images([other_noise])
+
+
+def test_a_paired_row_has_no_other_noise(tmp_path: Path) -> None:
+    images, _ = read_images([store(tmp_path / "alone.zip", index(seeds={SeedSet.A: 1}))])
+    assert images.b is None
+    assert images.latents is None
 
 
 def test_rows_that_do_not_compare_are_refused() -> None:

@@ -146,6 +146,25 @@ def test_few_images_get_the_kernel_distance_only(scenes: tuple[ImageSet, list[st
     assert set(found.differences) == {"kid_excess", "alignment", "clip_score"}
 
 
+def test_paired_rows_have_errors_per_call_and_no_distances(scenes: tuple[ImageSet, list[str]]) -> None:
+    whole, prompts = scenes
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(24, 3, 4, 2, 2)).astype(np.float16)
+    worse = latents * np.array([1, 1.5, 2], np.float16)[None, :, None, None, None]
+    flipped = whole.a.copy()
+    flipped[:6] = whole.a[6:12]
+    reference = ImageSet(whole.a, None, latents)
+    found = measurer().measure(ImageSet(flipped, None, worse), reference, prompts, IDENTITY)
+    row = found.rows[0]
+    assert [round(estimate.value, 3) for estimate in found.latent_error] == [0, 0.5, 1]
+    assert row["latent_error"] == pytest.approx(1, abs=1e-3)
+    assert row["alignment_flips"] == 0.25
+    assert row["kid_to_fp"] is None
+    assert set(found.differences) == {"alignment", "clip_score"}
+    own = measurer().measure(reference, reference, prompts, FP)
+    assert len(own.rows) == 1, "no floor without other noise"
+
+
 def test_alignment_is_that_of_seed_set_a(scenes: tuple[ImageSet, list[str]]) -> None:
     whole, prompts = scenes
     wrong = ImageSet(whole.a[::-1].copy(), whole.b)

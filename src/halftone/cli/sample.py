@@ -28,6 +28,9 @@ def verb(
         int, typer.Option(min=0, help="Seed set A: the reference noise.")
     ] = options.SAMPLING.seed_a,
     seed_b: Annotated[int, typer.Option(min=0, help="Seed set B: disjoint noise.")] = options.SAMPLING.seed_b,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Seed set A only, with the latents of every call.")
+    ] = False,
     revision: options.Revision = None,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Inference steps. (Default: the artefact's.)")
@@ -48,7 +51,7 @@ def verb(
     options.model(source, revision)
     options.resolution(resolution)
     place, count = _shard(shard)
-    if seed_a == seed_b:
+    if seed_a == seed_b and not paired:
         raise UserError(f"--seed-a and --seed-b are both {seed_a}; they must differ")
     texts = options.prompts(prompts, n_images)
 
@@ -67,7 +70,9 @@ def verb(
         n_shards=count,
         seed_a=seed_a,
         seed_b=seed_b,
+        paired=paired,
     )
+    images = len(index.seeds) * index.count
     tracking.log(
         tracking.Record(
             "sample",
@@ -79,8 +84,8 @@ def verb(
                 **index.model_dump(include={"steps", "guidance", "recipe", "bits"}),
             },
             metrics={
-                "images": 2 * index.count,
-                "images_per_second": 2 * index.count / (time.time() - started),
+                "images": images,
+                "images_per_second": images / (time.time() - started),
             },
             started=started,
         )

@@ -85,22 +85,27 @@ class Comparison:
         """Kernel distance of a pair; None for too few images."""
         return None if self.count < FEWEST_FOR_KERNEL else self._difference(distances.kernel, pair)
 
-    def differences(self, seen: Seen, fp: Seen, other: Tensor, fp_other: Tensor) -> dict[str, Estimate]:
+    def differences(
+        self, seen: Seen, fp: Seen, other: Tensor | None, fp_other: Tensor | None
+    ) -> dict[str, Estimate]:
         """The differences to full precision that a verdict rests on.
 
         They are the excess of the unpaired distance over the floor (Fréchet, or kernel where images are few),
-        alignment, and CLIP score. other, fp_other: features of seed set B. The intervals hold all at once, so
+        alignment, and CLIP score. other, fp_other: features of seed set B, None where
+        only paired figures are wanted. The intervals hold all at once, so
         that a verdict on several figures is wrong no more often than one on a single figure.
         """
         names = [n for n in ("alignment", "clip_score") if n in seen.values]
         distance: tuple[str, Distance] | None = None
-        if self.count >= FEWEST_FOR_FRECHET:
+        if other is None or fp_other is None:
+            distance = None
+        elif self.count >= FEWEST_FOR_FRECHET:
             distance = "fid_excess", distances.frechet
         elif self.count >= FEWEST_FOR_KERNEL:
             distance = "kid_excess", distances.kernel
         level = bonferroni(len(names) + (distance is not None))
         found = {}
-        if distance is not None:
+        if distance is not None and other is not None and fp_other is not None:
             pair, floor = (other, fp.features), (fp_other, fp.features)
             found[distance[0]] = self._difference(distance[1], pair, floor, level)
         for name in names:

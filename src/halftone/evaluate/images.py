@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from halftone.errors import UserError
 from halftone.evaluate.features import Images
@@ -22,13 +23,15 @@ _PER_SHARD = ("shard", "first", "count")
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of both seed sets, uint8 [n, h, w, 3], row k for prompt k."""
+    """Images of both seed sets, uint8 [n, h, w, 3], row k for prompt k; paired sets have no B, but the
+    latents of A after every call, float16 [n, calls, c, h, w]."""
 
     a: Images
-    b: Images
+    b: Images | None
+    latents: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
-        if self.a.shape != self.b.shape:
+        if self.b is not None and self.a.shape != self.b.shape:
             raise ValueError(f"seed sets differ in shape: {list(self.a.shape)} and {list(self.b.shape)}")
 
 
@@ -49,10 +52,15 @@ def read_images(paths: Sequence[Path]) -> tuple[ImageSet, ShardIndex]:
             raise UserError(f"{path}: is shard {shard.index.shard}, {k} is missing; give every shard once")
     if len(named) != first.n_shards:
         raise UserError(f"{where}: {len(named)} shards of {first.n_shards}; give all of them")
-    if missing := [s for s in SeedSet if s not in first.seeds]:
-        raise UserError(f"{where}: has no images of seed set {missing[0]}; sample both seed sets")
-    sets = [np.stack([i for shard, _ in named for i in shard.images[s]]) for s in SeedSet]
-    return ImageSet(*sets), first
+    if SeedSet.A not in first.seeds:
+        raise UserError(f"{where}: has no images of seed set a; sample it again")
+    a, b = (
+        np.stack([i for shard, _ in named for i in shard.images[s]]) if s in first.seeds else None
+        for s in SeedSet
+    )
+    assert a is not None
+    latents = [shard.latents for shard, _ in named if shard.latents is not None]
+    return ImageSet(a, b, np.concatenate(latents) if latents else None), first
 
 
 def check_belong(index: ShardIndex, reference: ShardIndex, prompts_sha256: str) -> None:

@@ -2,8 +2,9 @@
 
 Per-image figures (CLIP score, alignment, perceptual distance, PSNR, SSIM) are those of seed set A. Paired
 distances compare recipe(A) with fp(A), unpaired ones recipe(B) with fp(A). Below 500 images no Fréchet
-distance is given, only the kernel one. The full-precision scenario gives two rows: its own, whose
-paired distances are nothing by definition, and the floor, fp(B) against fp(A).
+distance is given, only the kernel one; without seed set B no distance but the latents' error instead. The
+full-precision scenario gives two rows: its own, whose paired distances are nothing by definition, and, with
+seed set B, the floor, fp(B) against fp(A).
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Measurement:
     clip: str
     differences: dict[str, Estimate]
     tensors: dict[str, Tensor]
+    latent_error: tuple[Estimate, ...] = ()
+    """After every call."""
 
 
 class Measurer:
@@ -90,16 +93,26 @@ class Measurer:
         shared = {**identity, "n_images": count, "features": self._network.name}
         fp = self._look(reference.a, prompts, scenes)
         if identity["recipe"] == FULL_PRECISION:
-            other = self._look(reference.b, prompts, scenes)
+            other = None if reference.b is None else self._look(reference.b, prompts, scenes)
             return self._full_precision(reference.a, fp, other, comparison, shared)
         seen, pairs = self._look(images.a, prompts, scenes), self._pair(images.a, reference.a)
-        other_features, floor = self._network.features(images.b), self._network.features(reference.b)
+        if "alignment" in seen.values:
+            pairs["alignment_flips"] = np.abs(seen.values["alignment"] - fp.values["alignment"])
+        errors = _latent_errors(images, reference)
         figures = comparison.own(seen) | comparison.means(pairs)
         figures["fid_to_fp"] = comparison.frechet((seen.features, fp.features))
-        figures["kid_to_fp"] = comparison.kernel((seen.features, fp.features))
-        figures["fid_to_fp_unpaired"] = comparison.frechet(
-            (other_features, fp.features), base=(floor, fp.features)
-        )
+        other_features = floor = None
+        if images.b is not None and reference.b is not None:
+            other_features, floor = self._network.features(images.b), self._network.features(reference.b)
+            figures["kid_to_fp"] = comparison.kernel((seen.features, fp.features))
+            figures["fid_to_fp_unpaired"] = comparison.frechet(
+                (other_features, fp.features), base=(floor, fp.features)
+            )
+        per_call = comparison.means({str(k): errors[:, k] for k in range(errors.shape[1])})
+        latent_error = tuple(estimate for estimate in per_call.values() if estimate is not None)
+        if latent_error:
+            figures["latent_error"] = latent_error[-1]
+            pairs["latent_error"] = errors[:, -1]
         if real is not None:
             figures["fid_to_real"] = comparison.frechet((seen.features, real), base=(fp.features, real))
         differences = comparison.differences(seen, fp, other_features, floor)
@@ -109,13 +122,18 @@ class Measurer:
             self._clip.name,
             differences,
             _tensors(seen, pairs, other_features, None),
+            latent_error,
         )
 
     def _full_precision(
-        self, images: Images, fp: Seen, other: Seen, comparison: Comparison, shared: Mapping[str, Any]
+        self, images: Images, fp: Seen, other: Seen | None, comparison: Comparison, shared: Mapping[str, Any]
     ) -> Measurement:
-        """Its own row, and the floor: the same model on other noise."""
+        """Its own row, and the floor: the same model on other noise, where there is any."""
         pairs = self._pair(images, images)
+        if other is None:
+            row = _row(shared, comparison.own(fp) | comparison.means(pairs))
+            tensors = _tensors(fp, pairs, None, comparison.real)
+            return Measurement((row,), "is full precision", self._clip.name, {}, tensors)
         apart = comparison.frechet((other.features, fp.features))
         own = comparison.own(fp) | comparison.means(pairs)
         own |= {"kid_to_fp": NOTHING, "fid_to_fp_unpaired": apart}
@@ -150,6 +168,17 @@ def real_images(scenes: Sequence[Scene]) -> Images:
     return render(scenes, np.arange(len(scenes), dtype=np.int64) + REAL_SEED)
 
 
+def _latent_errors(images: ImageSet, reference: ImageSet) -> Values:
+    """|latents - full precision's| / |full precision's|, by prompt and call [n, calls]; none: [n, 0]."""
+    if images.latents is None or reference.latents is None:
+        return np.zeros((len(images.a), 0))
+    ours, theirs = (
+        x.reshape(*x.shape[:2], -1).astype(np.float64) for x in (images.latents, reference.latents)
+    )
+    found: Values = np.linalg.norm(ours - theirs, axis=2) / np.linalg.norm(theirs, axis=2)
+    return found
+
+
 def _values(tensor: Tensor) -> Values:
     return tensor.double().numpy()
 
@@ -173,11 +202,13 @@ def _row(identity: Mapping[str, Any], figures: Mapping[str, Estimate | None]) ->
 
 
 def _tensors(
-    seen: Seen, pairs: Mapping[str, Values], features_b: Tensor, real: Tensor | None
+    seen: Seen, pairs: Mapping[str, Values], features_b: Tensor | None, real: Tensor | None
 ) -> dict[str, Tensor]:
     """Per-image data by name, float32; verdicts of the checker as 0 and 1."""
     tensors = {name: torch.from_numpy(v).float() for name, v in {**seen.values, **pairs}.items()}
-    tensors |= {"features_a": seen.features, "features_b": features_b}
+    tensors["features_a"] = seen.features
+    if features_b is not None:
+        tensors["features_b"] = features_b
     if real is not None:
         tensors["features_real"] = real
     if seen.logits is not None:
@@ -199,6 +230,7 @@ def write(measurement: Measurement, path: Path, provenance: str) -> None:
         {
             "rows": list(measurement.rows),
             "differences": differences,
+            "latent_error": [{k: _rounded(v) for k, v in vars(e).items()} for e in measurement.latent_error],
             "verdict": measurement.verdict,
             "clip": measurement.clip,
             "provenance": json.loads(provenance),

@@ -76,11 +76,10 @@ def _sample(settings: Settings, key: str) -> list[str]:
     row, how = settings.scenarios[key], settings.sampling
     model = settings.models[row.model]
     source = [paths.ARTEFACT.format(scenario=key)] if row.quantized else [*_source(model), *_sampler(model)]
-    n_images = settings.tiers[row.tier].n_images
-    return [
-        *source,
-        *_flags(n_images=n_images, seed_a=how.seed_a, seed_b=how.seed_b, name=key),
-    ]
+    tier = settings.tiers[row.tier]
+    seeds = {"seed_a": how.seed_a} if tier.paired else {"seed_a": how.seed_a, "seed_b": how.seed_b}
+    flags = _flags(n_images=tier.n_images, **seeds, name=key)
+    return [*source, *flags, *(["--paired"] if tier.paired else [])]
 
 
 def _metrics(settings: Settings, key: str) -> list[str]:
