@@ -93,6 +93,32 @@ def test_error_at_four_bits_is_lower_than_with_nearest_rounding(
     assert max(unit.polarisation for unit in found.units) < 0.02
 
 
+def test_rows_whose_weights_are_learned_alike_share_them(
+    denoiser: UNet2DConditionModel, trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = layers_in(denoiser, RESNET, LAYER)
+    shared = tmp_path / "units"
+
+    def run(name: str, axes: Axes, bits: str) -> Reconstructed:
+        folder = tmp_path / name
+        return reconstruct(
+            denoiser, trajectory, axes, Bits.parse(bits), SMOKE, 0, folder, modules, shared=shared
+        )
+
+    one = run("one", AXES, "w4a8")
+    learned: list[object] = []
+    original = reconstruct_module._Work._learn
+    monkeypatch.setattr(
+        reconstruct_module._Work, "_learn", lambda *given: (learned.append(given), original(*given))[1]
+    )
+    activations = AXES.model_copy(update={"activation_range": Range.LP})
+    assert same(one, run("two", activations, "w4a5"))
+    assert not learned
+    run("three", AXES, "w3a8")
+    assert len(learned) == 2
+    assert not any(list((tmp_path / name).glob("unit-*")) for name in ("one", "two", "three"))
+
+
 def test_codes_are_those_that_make_the_error_reported(
     denoiser: UNet2DConditionModel, trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

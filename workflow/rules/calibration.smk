@@ -35,7 +35,7 @@ rule reconstruct:
         **step("reconstruct"),
     shell:
         "{HALFTONE} reconstruct {params.options} --data {input.data} --cache-mib {resources.cache_mib}"
-        " --scratch {SCRATCH}/reconstruct/{wildcards.scenario} -o {output} &> {log}"
+        " --scratch {SCRATCH}/reconstruct/{wildcards.scenario} --shared {UNITS} -o {output} &> {log}"
 
 
 rule calibrate:

@@ -29,6 +29,7 @@ from halftone.workflow.paths import (
     RECONSTRUCT,
     REPORT,
     SCRATCH,
+    UNITS,
     SHARD,
     STATISTICS,
     SUMMARY,

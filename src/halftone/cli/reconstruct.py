@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from halftone import tracking
 from halftone.cli import options
@@ -26,6 +30,13 @@ def verb(
     batch_size: options.BatchSize = options.RECONSTRUCTION.batch_size,
     seed: options.Seed = 0,
     scratch: options.Scratch = None,
+    shared: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in which finished blocks stay, for rows whose weights are learned alike.",
+            show_default=False,
+        ),
+    ] = None,
     name: options.Name = None,
 ) -> None:
     """Learn the rounding of weights block by block, so that each block's output stays that of full precision.
@@ -51,7 +62,7 @@ def verb(
     how = Reconstruction(budget=budget, batch_size=batch_size, cache_mib=cache_mib)
     work = options.scratch(scratch, output)
     source = load_source(model, revision)
-    found = reconstruct(source, trajectory, known, choice, how=how, seed=seed, checkpoint=work)
+    found = reconstruct(source, trajectory, known, choice, how=how, seed=seed, checkpoint=work, shared=shared)
     found.save(output, choice.describe(known).to_metadata())
     shutil.rmtree(work, ignore_errors=True)
     gains = [unit.ratio for unit in found.units if unit.ratio != float("inf")]

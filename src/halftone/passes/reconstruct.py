@@ -45,6 +45,8 @@ from halftone.trajectory import Sample, Trajectory, sample_inputs
 
 _KEY = "halftone"
 _PARTS = 1000
+# those that decide how weights are rounded; activations stay in float meanwhile
+_AXES = {"weight_range", "rounding", "unit_input", "temporal_block", "calibration_calls", "shortcut"}
 
 
 def reconstruct(
@@ -57,10 +59,13 @@ def reconstruct(
     checkpoint: Path,
     modules: Sequence[str],
     splits: Mapping[str, int] | None = None,
+    shared: Path | None = None,
 ) -> Reconstructed:
     """Codes of the weights of `modules`, learned unit by unit on samples of `trajectory`.
 
-    `splits`: where the input channels of a module part into two halves with parameters of their own.
+    `shared`: a folder in which finished units stay, for rows whose weights are learned alike (other
+    activation widths, other ranges); without it they lie in `checkpoint`. `splits`: where the input channels
+    of a module part into two halves with parameters of their own.
 
     `denoiser` holds full-precision weights (wrapped or not; activation quantizers off) and is handed back
     as it was. Every finished unit is kept in the folder `checkpoint`, so that the same call goes on where
@@ -69,7 +74,7 @@ def reconstruct(
     the denoiser cannot be taken apart, or the disk is full.
     """
     work = _Work(denoiser, trajectory, axes, bits, settings, seed, checkpoint, tuple(modules))
-    work.splits = dict(splits or {})
+    work.splits, work.shared = dict(splits or {}), shared
     with _inference(denoiser), _deterministic():
         return work.run()
 
@@ -99,6 +104,8 @@ class _Work:
         self.schedule = SCHEDULES[settings.budget]
         self.weights = Weights(denoiser, modules)
         self.splits: dict[str, int] = {}
+        self.shared: Path | None = None
+        self.home = checkpoint  # of finished units
         apart = axes.temporal_block is TemporalBlock.APART
         self.temporal = temporal.TemporalBlock(denoiser) if apart else None
         self.samples = choose_samples(trajectory, self.schedule.samples, seed, axes.calibration_calls)
@@ -106,16 +113,19 @@ class _Work:
     def run(self) -> Reconstructed:
         units, idle = self._units()
         fingerprint = self._fingerprint()
+        if self.shared is not None:
+            self.home = self.shared / fingerprint[:20]
         with explain_disk_faults(self.checkpoint):
             self.checkpoint.mkdir(parents=True, exist_ok=True)
+            self.home.mkdir(parents=True, exist_ok=True)
         for stale in self.checkpoint.glob("cache-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        done = [self._finished(place, unit, fingerprint) for place, unit in enumerate(units)]
-        left = [unit for unit, found in zip(units, done, strict=True) if found is None]
+        left = [u for place, u in enumerate(units) if self._finished(place, u, fingerprint) is None]
         progress = _UnitProgress([self._cost(unit) for unit in left], self.schedule.iterations, len(units))
         codes: dict[str, WeightCodes] = {}
         reports: list[UnitReport] = []
-        for place, (unit, found) in enumerate(zip(units, done, strict=True)):
+        for place, unit in enumerate(units):
+            found = self._finished(place, unit, fingerprint)  # another row may have come to it first
             if found is None:
                 progress.start(place, unit.signature.unit)
                 found = self._learn(unit, progress.advance)
@@ -220,7 +230,7 @@ class _Work:
         return lambda: self.weights.in_use(rounded)
 
     def _file(self, place: int) -> Path:
-        return self.checkpoint / f"unit-{place:04d}.safetensors"
+        return self.home / f"unit-{place:04d}.safetensors"
 
     def _finished(self, place: int, unit: _Unit, fingerprint: str) -> Reconstructed | None:
         """What an earlier run kept of this unit; None if there is nothing, or it was another
@@ -245,8 +255,8 @@ class _Work:
         """Of everything that the result depends on."""
         first = next(self.denoiser.parameters())
         facts = {
-            "axes": self.axes.model_dump(mode="json"),
-            "bits": str(self.bits),
+            "axes": self.axes.model_dump(mode="json", include=_AXES),
+            "bits": self.bits.weight,
             "settings": self.settings.model_dump(mode="json"),
             "schedule": dataclasses.asdict(self.schedule),
             "seed": self.seed,
@@ -269,7 +279,7 @@ class _UnitProgress:
 
     def start(self, place: int, name: str) -> None:
         """The next unit to do, which is number `place` of all."""
-        self.place += 1
+        self.place = min(self.place + 1, len(self.ends) - 1)
         self.note = f"unit {place + 1} of {self.n_units}: {name}"
 
     def advance(self) -> None:

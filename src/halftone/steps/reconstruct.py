@@ -24,8 +24,10 @@ def reconstruct(
     how: Reconstruction | None = None,
     seed: int = 0,
     checkpoint: Path,
+    shared: Path | None = None,
 ) -> Reconstructed:
-    """Weight codes by block reconstruction. `checkpoint`: a folder in which an interrupted run can go on."""
+    """Weight codes by block reconstruction. `checkpoint`: a folder in which an interrupted run can go on;
+    `shared`: one in which finished units stay for other rows whose weights are learned alike."""
     check_same_model(source, known)
     denoiser = denoiser_of(source.pipeline).to(device.best())
     found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut)
@@ -33,4 +35,6 @@ def reconstruct(
     splits = {site.module: site.split for site in weights if site.split is not None}
     modules = [site.module for site in weights]
     how = how or Reconstruction()
-    return learn(denoiser, trajectory, choice.axes, choice.bits, how, seed, checkpoint, modules, splits)
+    return learn(
+        denoiser, trajectory, choice.axes, choice.bits, how, seed, checkpoint, modules, splits, shared
+    )

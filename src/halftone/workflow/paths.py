@@ -15,6 +15,7 @@ RESULTS = Path("results")
 LOGS = Path("logs")
 TIMINGS = LOGS / "benchmark"
 SCRATCH = Path("scratch")
+UNITS = SCRATCH / "units"
 
 CALIBRATION_DATA = "results/calibration_data/{model}.safetensors"
 RECONSTRUCT = "results/reconstruct/{scenario}/weights.safetensors"

@@ -19,7 +19,7 @@ from halftone.errors import UserError
 from halftone.files import write_text
 from halftone.settings import Settings
 from halftone.workflow import config, proxy
-from halftone.workflow.paths import LOGS, RESULTS, SCRATCH, TIMINGS, Rule
+from halftone.workflow.paths import LOGS, RESULTS, SCRATCH, TIMINGS, UNITS, Rule
 
 SEEN = Path(".snakemake/halftone-ids.json")
 LOCK = Path("dvc.lock")
@@ -69,6 +69,8 @@ def prune(gone: Iterable[str], *, dry_run: bool = False) -> list[Path]:
     """
     wanted = set(gone)
     found = [path for path in _files() if _id(path) in wanted]
+    if found and UNITS.is_dir():
+        found.append(UNITS)  # a cache that rows share: what is still wanted is learned again when needed
     if not dry_run:
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
