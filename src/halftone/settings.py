@@ -44,6 +44,7 @@ class Budget(StrEnum):
     SMOKE = "smoke"
     FAST = "fast"
     STANDARD = "standard"
+    PUBLISHED = "published"
 
 
 class Model(_Section):

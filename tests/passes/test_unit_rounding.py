@@ -19,7 +19,7 @@ from halftone.quantizers.affine import AffineParams
 from halftone.settings import Budget
 
 WHOLE_STEPS = AffineParams(torch.tensor(1.0), torch.tensor(8.0), 4)
-PUBLISHED = SCHEDULES[Budget.STANDARD]
+PUBLISHED = SCHEDULES[Budget.PUBLISHED]
 QUICK = dataclasses.replace(PUBLISHED, iterations=400, learning_rate=5e-3)
 
 
