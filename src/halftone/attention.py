@@ -60,6 +60,19 @@ class QuantizedAttnProcessor(nn.Module):
         query = self._heads(attn, attn.to_q(hidden_states), attn.norm_q)
         key = self._heads(attn, attn.to_k(keys_from), attn.norm_k)
         value = self._heads(attn, attn.to_v(keys_from), None)
+        hidden_states = attn.batch_to_head_dim(self.attend(attn, query, key, value, mask))
+        for module in attn.to_out:  # projection, dropout
+            hidden_states = module(hidden_states)
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def attend(
+        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of one head and sample a row: (batch * heads, tokens, head width), and the same out."""
         if self.query is not None:
             query = self.query(query)
         if self.key is not None:
@@ -69,15 +82,7 @@ class QuantizedAttnProcessor(nn.Module):
         probabilities = _probabilities(attn, query, key, mask).to(value.dtype)
         if self.probabilities is not None:
             probabilities = self.probabilities(probabilities)
-
-        hidden_states = attn.batch_to_head_dim(torch.bmm(probabilities, value))
-        for module in attn.to_out:  # projection, dropout
-            hidden_states = module(hidden_states)
-        if image_shape is not None:
-            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
-        if attn.residual_connection:
-            hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        return torch.bmm(probabilities, value)
 
     @staticmethod
     def _heads(attn: Attention, x: Tensor, norm: nn.Module | None) -> Tensor:

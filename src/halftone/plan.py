@@ -70,6 +70,9 @@ class SitePlan(_Part):
     module_type: str
     execution: Execution
     float_reason: str | None = None
+    fallback: str | None = Field(
+        default=None, description="why integer execution simulates a quantized site, None if it does not"
+    )
     bits: int | None = None
     quantizer: Quantizer | None = None
     granularity: Granularity | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,10 +18,10 @@ from halftone.calls import CallContext
 from halftone.components import INDEX, Index, assemble, config_of, explain_load, load_component, read_index
 from halftone.errors import UserError
 from halftone.files import read_json, sha256
-from halftone.plan import Plan
+from halftone.plan import Execution, Plan
 from halftone.provenance import Provenance
 from halftone.quantizers.bits import Bits
-from halftone.runtime import simulated
+from halftone.runtime import integer, simulated
 from halftone.source import download
 
 PLAN, REFERENCES = "plan.json", "components.json"
@@ -59,21 +59,24 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    execution: Execution | str = Execution.SIMULATED,
     **components: Any,
 ) -> Any:
-    """A diffusers pipeline of the class that was quantized, ready to sample from in simulated execution.
+    """A diffusers pipeline of the class that was quantized, ready to sample from.
 
-    artefact: the folder. dtype: of weights and activations in float; scales stay float32. components: parts
-    of the pipeline to use in place of the artefact's own (`scheduler=...`), None to leave one out. The
-    full-precision weights of quantized layers are never looked for. A run with another schedule than the
-    calibrated one warns and takes the parameters of the nearest noise levels.
+    artefact: the folder. dtype: of weights and activations in float; scales stay float32. execution:
+    `simulated` in float, or `integer`, on the CPU. components: parts of the pipeline to use in place of the
+    artefact's own (`scheduler=...`), None to leave one out. The full-precision weights of quantized layers
+    are never looked for. A run with another schedule than the calibrated one warns and takes the parameters
+    of the nearest noise levels.
     Raises UserError for anything missing, damaged, unknown or inconsistent in the folder.
     """
+    build = _builder(execution, device)
     described = describe(Path(artefact))
     denoiser = empty_denoiser(described)
     contents = tensors.load(described.tensors, described.plan, denoiser)
     context = CallContext(contents.timesteps, contents.noise_levels)
-    simulated.build(
+    build(
         denoiser,
         described.plan,
         weights=contents.weights,
@@ -94,6 +97,16 @@ def load(
         pipeline.to(device)
     context.attach(denoiser, pipeline)
     return pipeline
+
+
+def _builder(execution: Execution | str, device: torch.device | str | None) -> Callable[..., Any]:
+    if execution == Execution.SIMULATED:
+        return simulated.build
+    if execution != Execution.INTEGER:
+        raise UserError(f"execution {execution!r}: an artefact runs simulated or integer")
+    if device is not None and torch.device(device).type != "cpu":
+        raise UserError(f"integer execution runs on the CPU, not on {device}; choose simulated, or the CPU")
+    return integer.build
 
 
 def provenance(artefact: Path | str) -> Provenance:
