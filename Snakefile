@@ -11,6 +11,7 @@ include: "workflow/rules/common.smk"  # settings, files, and what every job shar
 include: "workflow/rules/calibration.smk"  # calibration_data -> reconstruct -> calibrate -> analyze
 include: "workflow/rules/artefact.smk"  # export -> sample
 include: "workflow/rules/figures.smk"  # metrics -> summary -> report
+include: "workflow/rules/proxy.smk"  # aside: `snakemake proxy`, what methods can be judged on a model
 
 
 # All rows of the selected tier, measured and shown. (Snakemake honours a default target only here.)

@@ -16,6 +16,7 @@ from pathlib import Path
 OUTPUTS = {
     "analyze": ("plan.json", "statistics.json", "ranges.svg"),
     "export": ("unet/quantized.safetensors", "plan.json", "manifest.json"),
+    "proxy": ("card.json", "card.md"),
 }
 IGNORED = ("--scratch", "--cache-mib", "--timings")
 
