@@ -9,7 +9,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check demo compare test lint repro record trust prune code ui lock
+.PHONY: help setup check demo compare test lint repro record trust prune code trainings ui lock
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,10 @@ prune: setup ## remove results of scenarios that are no longer configured
 
 code: setup ## after imports have changed: list in dvc.yaml what each rule depends on
 	$(BIN)/python -m halftone code
+
+trainings: setup ## put the trainings of the embedded models into MLflow: curves and final pictures
+	@for log in docs/figures/scenes-*-loss.jsonl; do $(BIN)/python -m halftone.scenes.train log-run \
+	  --log $$log --sheets docs/figures --name $$(basename $$log -loss.jsonl) || exit; done
 
 ui: setup ## the runs in MLflow, at http://127.0.0.1:5000
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --workers 1

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from halftone.files import sha256
 
 URI = "MLFLOW_TRACKING_URI"
 EXPERIMENT = "halftone"
+TRAINING = "train"
 STORE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
 _SQLITE = "sqlite:///"
+_BATCH = 1000  # metrics that MLflow takes at once
 # no telemetry, and a server that does not answer must not hold a job up for minutes
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -37,7 +39,9 @@ _ENVIRONMENT = {
 class Record:
     """What a verb tells about its run: settings, figures, and files worth a look (images, tables).
 
-    started: `time.time()` at its beginning, in seconds.
+    curves: (step, seconds since 1970, value) by name; folders: files by the folder they go to. started and
+    ended: `time.time()`, in seconds; None for now. once: leave it where a run of the same rule, name and
+    output is there.
     """
 
     rule: str
@@ -47,13 +51,17 @@ class Record:
     metrics: Mapping[str, float] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     started: float = field(default_factory=time.time)
+    ended: float | None = None
+    curves: Mapping[str, Sequence[tuple[int, float, float]]] = field(default_factory=dict)
+    folders: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    once: bool = False
 
     @property
     def kind(self) -> str:
         """`scenario` for the rows of the table, to be compared with each other; `job` for the steps towards
-        them.
+        them; `training` of an embedded model.
         """
-        return "scenario" if self.rule == "metrics" else "job"
+        return {"metrics": "scenario", TRAINING: "training"}.get(self.rule, "job")
 
 
 def default_uri(folder: Path | None = None) -> str:
@@ -78,11 +86,14 @@ def prepare() -> None:
         subprocess.Popen(command, env={**os.environ, "PYTHONPATH": source}, start_new_session=True, **quiet)
 
 
-def log(record: Record) -> None:
-    """Log one finished run; never raises. A failure is told in the log, and the data is safe either way."""
+def log(record: Record) -> bool:
+    """Log one finished run; never raises, returns whether it did not fail.
+
+    A failure is told in the log, and the data is safe either way.
+    """
     uri = os.environ.get(URI)
     if not uri:
-        return
+        return True
     try:
         with _one_writer(_store(uri)):
             _log(uri, record)
@@ -93,30 +104,52 @@ def log(record: Record) -> None:
             f" ({type(fault).__name__}: {lines[0] if lines else ''}); {record.output} is written and whole",
             file=sys.stderr,
         )
+        return False
+    return True
 
 
 def _log(uri: str, record: Record) -> None:
     client, experiment = _open(uri)
     from mlflow.entities import Metric, Param
 
-    now = int(time.time() * 1000)
+    tags = _tags(record)
+    if record.once and _is_there(client, experiment, tags):
+        return
+    ended = int((record.ended or time.time()) * 1000)
     name = record.name if record.kind == "scenario" else f"{record.rule} {record.name}".strip()
     started = int(record.started * 1000)
-    run = client.create_run(experiment, start_time=started, run_name=name, tags=_tags(record)).info.run_id
+    run = client.create_run(experiment, start_time=started, run_name=name, tags=tags).info.run_id
+    metrics = [Metric(key, float(value), ended, 0) for key, value in record.metrics.items()]
+    for key, points in record.curves.items():
+        metrics += [Metric(key, float(value), int(at * 1000), step) for step, at, value in points]
     try:
         client.log_batch(
             run,
-            metrics=[Metric(key, float(value), now, 0) for key, value in record.metrics.items()],
             params=[
                 Param(key, str(value)[:500]) for key, value in record.params.items() if value is not None
             ],
         )
+        for first in range(0, len(metrics), _BATCH):
+            client.log_batch(run, metrics=metrics[first : first + _BATCH])
         for file in record.files:
             client.log_artifact(run, str(file))
+        for folder, files in record.folders.items():
+            for file in files:
+                client.log_artifact(run, str(file), folder)
     except BaseException:
         client.set_terminated(run, "FAILED")
         raise
-    client.set_terminated(run, "FINISHED")
+    client.set_terminated(run, "FINISHED", end_time=ended)
+
+
+def _is_there(client: Any, experiment: str, tags: Mapping[str, str]) -> bool:
+    """Whether a finished run has the same rule, name and output."""
+    found = client.search_runs([experiment], f"tags.data_sha256 = '{tags['data_sha256']}'")
+    same = ("rule", "scenario")
+    return any(
+        run.info.status == "FINISHED" and all(run.data.tags.get(key) == tags[key] for key in same)
+        for run in found
+    )
 
 
 def _tags(record: Record) -> dict[str, str]:

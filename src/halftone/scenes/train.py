@@ -1,5 +1,5 @@
 """Verbs that make ``scenes-t2i`` (autoencoder, text, denoiser, export, sheet) and ``scenes-uncond``
-(uncond, export-uncond).
+(uncond, export-uncond); log-run puts any training into MLflow.
 
 ``python -m halftone.scenes.train VERB``. Each reads and writes one working folder.
 """
@@ -11,6 +11,8 @@ from typing import Annotated
 
 import torch
 import typer
+
+from halftone.scenes.training_runs import log_finished, log_run
 
 Work = Annotated[Path, typer.Option(help="working folder: parts, latents, checkpoint, logs")]
 Threads = Annotated[int, typer.Option(help="torch threads", min=1)]
@@ -60,7 +62,10 @@ def denoiser(
     from halftone.scenes.train_t2i import Plan, Trainer
 
     torch.set_num_threads(threads)
-    Trainer(work, Plan(images=images, batch=batch, peak=peak, bfloat16=bfloat16, compiled=compiled)).run()
+    plan = Plan(images=images, batch=batch, peak=peak, bfloat16=bfloat16, compiled=compiled)
+    trainer = Trainer(work, plan)
+    trainer.run()
+    log_finished("scenes-t2i", trainer)
 
 
 @verbs.command()
@@ -116,7 +121,10 @@ def uncond(
     from halftone.scenes.train_uncond import Plan, Trainer
 
     torch.set_num_threads(threads)
-    Trainer(work, Plan(images=images, batch=batch, peak=peak, bfloat16=bfloat16, compiled=compiled)).run()
+    plan = Plan(images=images, batch=batch, peak=peak, bfloat16=bfloat16, compiled=compiled)
+    trainer = Trainer(work, plan)
+    trainer.run()
+    log_finished("scenes-uncond", trainer)
 
 
 @verbs.command()
@@ -132,6 +140,8 @@ def export_uncond(
     save(pipe, folder)
     typer.echo(f"{folder}: after {images} images")
 
+
+verbs.command("log-run")(log_run)
 
 if __name__ == "__main__":
     verbs()
