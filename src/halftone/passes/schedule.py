@@ -1,7 +1,7 @@
 """How long each unit of block reconstruction is learned, and how strongly it is pushed to round.
 
-`published` is the schedule that BRECQ, Q-Diffusion, TFMQ-DM and DGQ share; on two cores it takes a working day
-even for a small model. The shorter ones are our choice: what the step size and the regulariser lose in
+`published` is the schedule that BRECQ, Q-Diffusion, TFMQ-DM and DGQ share; on two cores it takes a working
+day even for a small model. The shorter ones are our choice: what the step size and the regulariser lose in
 iterations they get back in strength, so that the soft roundings still arrive at 0 or 1 before they are made
 hard.
 """

@@ -81,6 +81,8 @@ _FIGURES = (
     _Figure("clip_score", "CLIP score", lambda value: f"{value:.2f}"),
     _Figure("lpips", "LPIPS", lambda value: f"{value:.3f}"),
     _Figure("psnr", "PSNR, dB", lambda value: f"{value:.1f}"),
+    _Figure("alignment_flips", "alignment changed", percent),
+    _Figure("latent_error", "error of the final latents", percent),
     _Figure("fid_to_fp", "FID to full precision, same noise", lambda value: f"{value:.3g}"),
     _Figure("fid_to_fp_unpaired", "FID to full precision, other noise", lambda value: f"{value:.3g}"),
     _Figure("kid_to_fp", "KID to full precision", lambda value: f"{value:.3g}"),
