@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from halftone.errors import UserError
+from halftone.text_memory import TextMemory
 
 
 class QuantizedAttnProcessor(nn.Module):
@@ -30,6 +31,7 @@ class QuantizedAttnProcessor(nn.Module):
     ) -> None:
         super().__init__()
         self.query, self.key, self.value, self.probabilities = query, key, value, probabilities
+        self.memory = TextMemory()
 
     def forward(
         self,
@@ -58,8 +60,12 @@ class QuantizedAttnProcessor(nn.Module):
             keys_from = attn.norm_encoder_hidden_states(encoder_hidden_states)
 
         query = self._heads(attn, attn.to_q(hidden_states), attn.norm_q)
-        key = self._heads(attn, attn.to_k(keys_from), attn.norm_k)
-        value = self._heads(attn, attn.to_v(keys_from), None)
+        if encoder_hidden_states is None:
+            key, value = attn.to_k(keys_from), attn.to_v(keys_from)
+        else:
+            key = self.memory.project("key", attn.to_k, keys_from)
+            value = self.memory.project("value", attn.to_v, keys_from)
+        key, value = self._heads(attn, key, attn.norm_k), self._heads(attn, value, None)
         hidden_states = attn.batch_to_head_dim(self.attend(attn, query, key, value, mask))
         for module in attn.to_out:  # projection, dropout
             hidden_states = module(hidden_states)
@@ -73,13 +79,20 @@ class QuantizedAttnProcessor(nn.Module):
         self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Attention of one head and sample a row: (batch * heads, tokens, head width), and the same out."""
+        return self.mix(self.weights(attn, query, key, mask), value)
+
+    def weights(self, attn: Attention, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """Probabilities of q and k before their own quantizer: (batch * heads, query tokens, key tokens)."""
         if self.query is not None:
             query = self.query(query)
         if self.key is not None:
             key = self.key(key)
+        return _probabilities(attn, query, key, mask).to(query.dtype)
+
+    def mix(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        """Probabilities x v, each after its quantizer."""
         if self.value is not None:
             value = self.value(value)
-        probabilities = _probabilities(attn, query, key, mask).to(value.dtype)
         if self.probabilities is not None:
             probabilities = self.probabilities(probabilities)
         return torch.bmm(probabilities, value)

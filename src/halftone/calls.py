@@ -76,6 +76,7 @@ class CallContext:
         self.slot = 0
         self._pipeline: Any = None
         self._running = False
+        self._runs = 0
         self._pinned = False
         self._warned = False
         self._last_timestep = math.nan
@@ -86,6 +87,11 @@ class CallContext:
     def count(self) -> int | None:
         """Number of calibrated calls, None if unknown."""
         return None if self.timesteps is None else len(self.timesteps)
+
+    @property
+    def run_number(self) -> int | None:
+        """Which sampling run of the context's life this is; None outside one, and where a call is pinned."""
+        return self._runs if self._running and not self._pinned else None
 
     def reset(self) -> None:
         """Before the first call."""
@@ -107,6 +113,7 @@ class CallContext:
             return
         self.reset()
         self._running = True
+        self._runs += 1
         try:
             yield self
             if expected is not None and self.index != expected:

@@ -57,24 +57,19 @@ class IntegerLayer(nn.Module):
             self.register_buffer(name, torch.stack([per_channel[:, start] for start in starts]))
         self._products: list[Product] = []
 
-    @property
-    def axis(self) -> int:
-        """Of the input, the one that is contracted."""
-        return -1 if self.geometry is None else 1
-
     def products(self) -> list[Product]:
         """Ready for their kernel, one for each half; made at the first call."""
         if not self._products:
             if self.codes.device.type != "cpu":
                 raise UserError("integer execution runs on the CPU; leave the pipeline there")
-            for k, codes in enumerate(self._halves(self.codes, 1)):
+            for k, codes in enumerate(self._cut(self.codes, 1)):
                 weight = Weight(codes, self.weight_scale[k], self.weight_zero_point[k])
                 self._products.append(self.make(weight, self.geometry))
         return self._products
 
     def encoded(self, x: Tensor) -> list[tuple[Tensor, Affine]]:
         """Codes of the input, and what they stand for, for each half."""
-        halves = zip(self._halves(x, self.axis), affine_of(self.input), strict=True)
+        halves = zip(self.halves(x), affine_of(self.input), strict=True)
         return [(encode(part, affine, self.input.site.name), affine) for part, affine in halves]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +81,11 @@ class IntegerLayer(nn.Module):
         assert total is not None
         return total.to(x.dtype)
 
-    def _halves(self, x: Tensor, axis: int) -> list[Tensor]:
+    def halves(self, x: Tensor) -> list[Tensor]:
+        """An input as the parts that have parameters of their own."""
+        return self._cut(x, -1 if self.geometry is None else 1)
+
+    def _cut(self, x: Tensor, axis: int) -> list[Tensor]:
         if self.split is None:
             return [x]
         return list(x.split([self.split, x.shape[axis] - self.split], dim=axis))
@@ -120,24 +119,24 @@ class IntegerAttnProcessor(QuantizedAttnProcessor):
     value: SiteQuantizer
     probabilities: SiteQuantizer
 
-    def attend(
-        self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        (of_query,), (of_key,), (of_value,) = (affine_of(q) for q in (self.query, self.key, self.value))
-        (of_probabilities,) = affine_of(self.probabilities)
+    def weights(self, attn: Attention, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        (of_query,), (of_key,) = affine_of(self.query), affine_of(self.key)
         left = steps(query, of_query, self.query.site.name)
         right = steps(key, of_key, self.key.site.name).transpose(1, 2)
         sums = _product(left, right, of_query.reach, of_key.reach, of_query.reach * query.shape[-1])
         scores = sums.mul_(of_query.scale * of_key.scale * attn.scale)
         if mask is not None:
             scores = scores + mask
-        probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+
+    def mix(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        (of_value,), (of_probabilities,) = affine_of(self.value), affine_of(self.probabilities)
         left = steps(probabilities, of_probabilities, self.probabilities.site.name)
         right = steps(value, of_value, self.value.site.name)
-        n_keys = key.shape[1]
+        n_keys = value.shape[1]
         most = min(of_probabilities.reach * n_keys, 1.001 / float(of_probabilities.scale) + n_keys / 2)
         sums = _product(left, right, of_probabilities.reach, of_value.reach, most)
-        return sums.mul_(of_probabilities.scale * of_value.scale).to(query.dtype)
+        return sums.mul_(of_probabilities.scale * of_value.scale).to(value.dtype)
 
 
 def _product(left: Tensor, right: Tensor, reach_left: int, reach_right: int, most: float) -> Tensor:
