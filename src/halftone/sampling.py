@@ -34,6 +34,7 @@ from halftone.plan import Execution
 from halftone.progress import Progress
 from halftone.prompts import check_lengths, prompts_sha256, read_prompts
 from halftone.recipes import FULL_PRECISION
+from halftone.runtime.integer import execution_of
 from halftone.shards import Pixels, SeedSet, ShardIndex, read_shard, slice_of, write_shard
 from halftone.source import load_source
 from halftone.trajectory import run_arguments
@@ -70,30 +71,35 @@ def load_subject(
     guidance: float | None = None,
     resolution: int | None = None,
     device: torch.device | str | None = None,
+    execution: Execution = Execution.SIMULATED,
 ) -> Subject:
     """The artefact at `path`, or the full-precision model (recipe fp, execution float).
 
     device: by default CUDA where there is one. An artefact brings its steps, guidance and resolution; others
-    may be asked for, and the images are labelled with them. A model needs steps and guidance. Raises
-    UserError for a bad path or missing settings.
+    may be asked for, and the images are labelled with them. A model needs steps and guidance. execution: of
+    an artefact; the images are labelled integer only if none of its quantized modules had to be simulated.
+    Raises UserError for a bad path or missing settings.
     """
     device = best() if device is None else device
     if artefact.is_artefact(path):
         if revision is not None:
             raise UserError(f"{path}: is an artefact, so a revision means nothing; leave --revision out")
         facts = artefact.provenance(path)
+        pipeline = artefact.load(path, device=device, execution=execution)
         return Subject(
-            artefact.load(path, device=device),
+            pipeline,
             facts.steps if steps is None else steps,
             facts.guidance if guidance is None else guidance,
             facts.resolution if resolution is None else resolution,
             facts.model_path,
             facts.model_sha256,
             artefact.artefact_sha256(path),
-            Execution.SIMULATED,
+            execution_of(denoiser_of(pipeline)),
             facts.recipe or "",
             facts.bits,
         )
+    if execution is Execution.INTEGER:
+        raise UserError(f"{path}: is a full-precision model; only an artefact runs in integers")
     if steps is None or guidance is None:
         raise UserError(f"{path}: a full-precision model needs --steps and --guidance")
     source = load_source(path, revision)

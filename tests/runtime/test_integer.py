@@ -38,7 +38,7 @@ def call(pipeline: Any, index: int) -> Tensor:
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
-    """Layers agree to float32; a value at a tie takes the next code, and an untrained network carries it on."""
+    """Layers agree to float32; a value at a tie may take the next code, and a network carries that on."""
     return bool((found - wanted).pow(2).mean() <= 1e-2 * wanted.pow(2).mean())
 
 

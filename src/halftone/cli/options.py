@@ -158,6 +158,14 @@ def _axis_fault(fault: ValueError) -> str:
     return f"--axes: {name}: {first['msg']}"
 
 
+def kernels(kernels: dict[str, int], fallbacks: dict[str, list[str]]) -> list[str]:
+    """Lines that say how integer execution would run on this machine."""
+    counts = ", ".join(f"{count} modules by {kernel}" for kernel, count in kernels.items())
+    return [f"in integers here: {counts}"] + [
+        f"  {reason}: {len(names)} modules, such as {names[0]}" for reason, names in fallbacks.items()
+    ]
+
+
 def bits(text: str) -> Bits:
     try:
         return Bits.parse(text)

@@ -11,6 +11,7 @@ import typer
 from halftone import tracking
 from halftone.cli import options
 from halftone.errors import UserError
+from halftone.plan import Execution
 
 
 def verb(
@@ -41,6 +42,9 @@ def verb(
     resolution: Annotated[
         int | None, typer.Option(min=8, max=4096, help="Pixels, a multiple of 8. (Default: the artefact's.)")
     ] = None,
+    execution: Annotated[
+        Execution, typer.Option(help="Of an artefact: simulated in float, or integer on the CPU.")
+    ] = Execution.SIMULATED,
     name: options.Name = None,
 ) -> None:
     """Sample images for the prompts in both seed sets, into a zip of PNGs.
@@ -53,14 +57,24 @@ def verb(
     place, count = _shard(shard)
     if seed_a == seed_b and not paired:
         raise UserError(f"--seed-a and --seed-b are both {seed_a}; they must differ")
+    if execution is Execution.FLOAT:
+        raise UserError("--execution float: is that of a full-precision model; give the model itself")
     texts = options.prompts(prompts, n_images)
 
     from halftone import device
     from halftone.sampling import load_subject, sample_shard
 
     subject = load_subject(
-        source, revision=revision, steps=steps, guidance=guidance, resolution=resolution, device=device.best()
+        source,
+        revision=revision,
+        steps=steps,
+        guidance=guidance,
+        resolution=resolution,
+        device="cpu" if execution is Execution.INTEGER else device.best(),
+        execution=execution,
     )
+    if execution is not subject.execution is Execution.SIMULATED:
+        print("some modules have no integer kernel and are simulated; halftone info lists them")
     index = sample_shard(
         output,
         subject,
@@ -81,7 +95,7 @@ def verb(
             params={
                 "source": source,
                 "shard": shard,
-                **index.model_dump(include={"steps", "guidance", "recipe", "bits"}),
+                **index.model_dump(include={"steps", "guidance", "recipe", "bits", "execution"}),
             },
             metrics={
                 "images": images,

@@ -110,6 +110,7 @@ def plan(
     resolved, width = options.axes(recipe, axes), options.bits(bits)
 
     from halftone.analysis import resolve
+    from halftone.runtime import choose
     from halftone.skeleton import read_skeleton
 
     skeleton = read_skeleton(model, revision, resolution)
@@ -130,6 +131,9 @@ def plan(
     if found.bit_operations is not None:
         print(f"a call   {found.bit_operations.ratio:.1f} times fewer bit operations")
     print(f"run by   {found.execution} execution")
+    decisions = choose.choose(found, skeleton.denoiser)
+    for line in options.kernels(choose.kernels(decisions), choose.fallbacks(decisions)):
+        print(line)
 
 
 def _plan_workflow(overlays: list[str]) -> None:

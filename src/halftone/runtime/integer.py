@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from halftone.attention import QuantizedAttnProcessor
 from halftone.calls import CallContext
 from halftone.layers import QuantizedLayer, SiteQuantizer, WeightCodes
-from halftone.plan import Plan
+from halftone.plan import Execution, Plan
 from halftone.runtime import simulated
 from halftone.runtime.choose import Decision, Kernel, choose
 from halftone.runtime.int8 import Int8Product
@@ -62,6 +62,22 @@ def build(
         if decision.integer:
             _replace(denoiser, name, weights, decision)
     return chosen
+
+
+def simulated_modules(denoiser: nn.Module) -> list[str]:
+    """Quantized modules of a denoiser that are run in float."""
+    found = []
+    for name, module in denoiser.named_modules():
+        processor = getattr(module, "processor", None)
+        quantized = type(processor) is QuantizedAttnProcessor and processor.query is not None
+        if quantized or isinstance(module, QuantizedLayer):
+            found.append(name)
+    return found
+
+
+def execution_of(denoiser: nn.Module) -> Execution:
+    """How a denoiser made here or by `simulated` runs: integer only if nothing quantized is simulated."""
+    return Execution.SIMULATED if simulated_modules(denoiser) else Execution.INTEGER
 
 
 def _replace(denoiser: nn.Module, name: str, weights: Mapping[str, WeightCodes], decision: Decision) -> None:
