@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from halftone.analysis import resolve
-from halftone.artefact import write
+from halftone.artefact.write import write
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.prompts import read_prompts
@@ -87,7 +87,7 @@ def quantize(
         source, trajectory, known, choice, weights=weights, batch_size=batch_size, how=how, work=work
     )
     state.save(work / "state.safetensors", choice.describe(known))
-    write(output, work / "state.safetensors", plan, source)
+    write(output, work / "state.safetensors", plan, source, trajectory=trajectory)
     shutil.rmtree(work)
     return output
 

@@ -16,6 +16,7 @@ from halftone.errors import UserError
 from halftone.plan import MIB
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import packed_size
+from halftone.runtime import choose
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ def _load(described: Description, entry: Entry) -> None:
 def info(folder: Path | str) -> dict[str, Any]:
     """What an artefact is, as plain values: model, recipe, bits, schedule, sizes, float sites, provenance.
 
-    Files are checked against the manifest first. Raises UserError.
+    With it, which kernels would run it in integers on this machine, and what would stay simulated. Files are
+    checked against the manifest first. Raises UserError.
     """
     folder = Path(folder)
     described = describe(folder)
     plan, manifest = described.plan, described.manifest
     stored = manifest.files[f"{described.index.denoiser.name}/{tensors.FILE}"].size
     ideal = ideal_bytes(described)
+    decisions = choose.choose(plan, empty_denoiser(described))
     return {
         "artefact_sha256": artefact_sha256(folder),
         "pipeline": described.index.pipeline_class.__name__,
@@ -93,10 +96,12 @@ def info(folder: Path | str) -> dict[str, Any]:
         "over_ideal": round(stored / ideal, 4),
         "quantized_sites": len(plan.quantized),
         "float": dict(plan.float_list()),
+        "integer": {"kernels": choose.kernels(decisions), "fallbacks": choose.fallbacks(decisions)},
         "referenced": {
             name: f"{reference.repository}@{reference.revision}"
             for name, reference in described.references.items()
         },
+        "parity": {} if described.parity is None else described.parity.columns(),
         "files": len(manifest.files) + 1,
         "provenance": described.provenance.model_dump(mode="json"),
     }

@@ -13,7 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from halftone.artefact import tensors
-from halftone.artefact.manifest import PROVENANCE, File, Manifest, check_file, check_files, read_manifest
+from halftone.artefact.manifest import (
+    PARITY,
+    PROVENANCE,
+    File,
+    Manifest,
+    check_file,
+    check_files,
+    read_manifest,
+)
 from halftone.calls import CallContext
 from halftone.components import INDEX, Index, assemble, config_of, explain_load, load_component, read_index
 from halftone.errors import UserError
@@ -22,6 +30,7 @@ from halftone.plan import Execution, Plan
 from halftone.provenance import Provenance
 from halftone.quantizers.bits import Bits
 from halftone.runtime import integer, simulated
+from halftone.runtime.parity import Parity
 from halftone.source import download
 
 PLAN, REFERENCES = "plan.json", "components.json"
@@ -48,6 +57,7 @@ class Description:
     plan: Plan
     provenance: Provenance
     references: dict[str, Reference]
+    parity: Parity | None
 
     @property
     def tensors(self) -> Path:
@@ -136,7 +146,8 @@ def describe(folder: Path) -> Description:
         raise UserError(
             f"{folder}: was made from a {known.pipeline_class[:100]}, not a {index.pipeline_class.__name__}"
         )
-    return Description(folder, manifest, index, plan, known, references)
+    parity = Parity.load(folder / PARITY) if PARITY in manifest.files else None
+    return Description(folder, manifest, index, plan, known, references, parity)
 
 
 def empty_denoiser(described: Description) -> nn.Module:
@@ -221,7 +232,7 @@ def _check_layout(folder: Path, manifest: Manifest, index: Index, references: It
     if missing := needed - set(manifest.files):
         raise UserError(f"{folder}: the manifest lacks {min(missing)}; this is no whole artefact")
     copied = set(index.entries) - set(references) - {denoiser}
-    for name in set(manifest.files) - needed - {REFERENCES}:
+    for name in set(manifest.files) - needed - {REFERENCES, PARITY}:
         home, _, rest = name.partition("/")
         if home not in copied or "/" in rest or not rest.endswith(SUFFIXES):
             raise UserError(f"{folder}: {name} has no place in an artefact; do not trust it")

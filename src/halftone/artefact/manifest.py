@@ -19,7 +19,7 @@ from halftone.errors import UserError
 from halftone.files import sha256, write_text
 
 MANIFEST = "manifest.json"
-PROVENANCE = "provenance.json"
+PROVENANCE, PARITY = "provenance.json", "parity.json"
 FORMAT = "halftone artefact"
 VERSION = 1
 _LARGEST_MANIFEST = 1 << 20
@@ -56,12 +56,13 @@ def is_artefact(folder: Path | str) -> bool:
 
 
 def artefact_sha256(folder: Path | str) -> str:
-    """Identity of an artefact: of all that its images depend on, which is every file but the provenance.
+    """Identity of an artefact: of all that its images depend on, which is every file but two.
 
-    The provenance names the commit of the code; another that writes the same tensors makes no new one.
+    The provenance names the commit of the code; another that writes the same tensors makes no new one. Parity
+    was measured on some machine, and no image depends on it.
     """
     manifest = read_manifest(Path(folder))
-    rest = {name: file for name, file in manifest.files.items() if name != PROVENANCE}
+    rest = {name: file for name, file in manifest.files.items() if name not in (PROVENANCE, PARITY)}
     return hashlib.sha256(_text(manifest.model_copy(update={"files": rest})).encode()).hexdigest()
 
 

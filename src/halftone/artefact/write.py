@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from halftone.artefact import tensors
+from halftone.artefact.certify import certify
 from halftone.artefact.load import PLAN, REFERENCES, SUFFIXES, Reference, describe, empty_denoiser
-from halftone.artefact.manifest import PROVENANCE, File, Manifest, write_manifest
+from halftone.artefact.manifest import PARITY, PROVENANCE, File, Manifest, write_manifest
 from halftone.components import INDEX, SAFETY, quiet, small_json, weight_files
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
@@ -23,6 +24,7 @@ from halftone.passes.state import CalibrationState
 from halftone.plan import Plan
 from halftone.provenance import Provenance, code_commit
 from halftone.source import Source
+from halftone.trajectory import Trajectory
 
 _PLACE_ONLY = ("_name_or_path", "_commit_hash")  # where a configuration was read from
 
@@ -40,14 +42,17 @@ def write(
     plan: Plan | Path | str,
     source: Source,
     components: Components = Components.COPY,
+    trajectory: Trajectory | None = None,
 ) -> Manifest:
     """Write an artefact: the same bytes for the same input, the folder whole or absent, manifest.json last.
 
     calibration: the file of `halftone calibrate` (weight codes, activation parameters, schedule,
     provenance). source: the full-precision model; its float layers are stored, its quantized weights are not
     read. components: what becomes of text encoder and VAE; tokenizers and schedulers are always copied, the
-    safety checker is left out. Raises UserError where the three do not belong together, or a value cannot be
-    stored.
+    safety checker is left out. trajectory: the reference trajectory; with it, what was written is run in
+    integers and simulated, and the artefact gets its parity certificate: here, where the full-precision model
+    is at hand and the folder has one maker. Raises UserError where the three do not belong together, or a
+    value cannot be stored.
     """
     folder, calibration = Path(folder), Path(calibration)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
@@ -71,7 +76,11 @@ def write(
             path.chmod(0o755 if path.is_dir() else 0o644)
         manifest = write_manifest(temporary)
         written = describe(temporary)  # what cannot be read back must not be left behind
-        tensors.load(written.tensors, plan, empty_denoiser(written))
+        stored = tensors.load(written.tensors, plan, empty_denoiser(written))
+        if trajectory is not None:
+            certify(written, stored, denoiser, trajectory).save(temporary / PARITY)
+            (temporary / PARITY).chmod(0o644)
+            manifest = write_manifest(temporary)
     return manifest
 
 

@@ -17,6 +17,13 @@ def verb(
     calibration: Annotated[Path, typer.Option(help="State file of calibrate.", show_default=False)],
     plan: Annotated[Path, typer.Option(help="plan.json of analyze.", show_default=False)],
     output: options.Output,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Reference trajectory, of calibration-data: with it, parity.json is measured and kept.",
+            show_default=False,
+        ),
+    ] = None,
     revision: options.Revision = None,
     reference: Annotated[
         bool,
@@ -30,11 +37,16 @@ def verb(
     options.existing(calibration, "calibrate")
     options.existing(plan, "analyze")
 
+    if data is not None:
+        options.existing(data, "calibration-data")
+
     from halftone.artefact import Components, artefact_sha256, write
     from halftone.source import load_source
+    from halftone.trajectory import Trajectory
 
     components = Components.REFERENCE if reference else Components.COPY
-    manifest = write(output, calibration, plan, load_source(model, revision), components)
+    trajectory = None if data is None else Trajectory.load(data)[0]
+    manifest = write(output, calibration, plan, load_source(model, revision), components, trajectory)
     tracking.log(
         tracking.Record(
             "export",

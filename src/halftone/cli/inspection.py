@@ -59,6 +59,13 @@ def info(
     )
     for reason, names in facts["float"].items():
         print(f"in float, {reason}: {len(names)} sites")
+    for line in options.kernels(**facts["integer"]):
+        print(line)
+    if parity := facts["parity"]:
+        found = f"{parity['modules']} modules, {parity['calls']} calls, {parity['prompts']} prompts"
+        print(f"{'parity':22} {'passed' if parity['passed'] else 'FAILED'} ({found}, {parity['cpu']})")
+        for name in ("next_code_share", "far_codes", "largest_difference", "largest_call_ratio"):
+            print(f"  {name:20} {parity[name]:.3g}")
 
 
 def schema() -> None:

@@ -1,0 +1,34 @@
+"""The parity certificate of an artefact that is being written: what was stored, run in both executions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from halftone.artefact import tensors
+from halftone.artefact.load import Description, empty_denoiser
+from halftone.calls import CallContext
+from halftone.runtime import integer, simulated
+from halftone.runtime.parity import Built, Parity, failures, measure
+from halftone.trajectory import Trajectory
+
+
+def certify(
+    written: Description, stored: tensors.Contents, full: nn.Module, trajectory: Trajectory
+) -> Parity:
+    """Parity of the artefact, on the CPU, against `full`, the denoiser it was made from, where that lies.
+
+    What lies outside its bound is printed, and counted in the certificate.
+    """
+
+    def built(build: Any) -> Built:
+        denoiser, context = empty_denoiser(written), CallContext(stored.timesteps, stored.noise_levels)
+        parts = {"weights": stored.weights, "activations": stored.activations, "floats": stored.floats}
+        build(denoiser, written.plan, **parts, context=context)
+        return Built(denoiser, context)
+
+    found = measure(full, built(simulated.build), built(integer.build), trajectory)
+    for line in failures(found):
+        print(f"parity: {line}")
+    return found
