@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from halftone.files import writing
+from halftone.files import read_json, write_json, writing
 from halftone.scenes.render import Pixels, grid
 from halftone.scenes.tokenizer import write_tokenizer
 
@@ -55,6 +55,8 @@ def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
         write_tokenizer(temporary / "tokenizer")  # adds vocab.json and merges.txt
         for file in temporary.rglob("*.safetensors"):
             file.chmod(0o644)  # some writers make their files private
+        for file in temporary.rglob("config.json"):  # a folder of the machine that trained it
+            write_json(file, {k: v for k, v in read_json(file).items() if k != "_name_or_path"})
 
 
 def sample(

@@ -3,6 +3,8 @@
 A causal CLIP text model, so the start token carries no prompt. It learns attributes bound to their
 objects before it ever sees an image: each noun must name its own object's size and colour, and the
 tokens from the end onwards must name, for every place of the picture, the object that stands there.
+The last tokens, which no caption of the grammar reaches, are given one place each: cross-attention
+can then ask for what stands where a pixel lies, and need not work it out of one token that holds all.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from halftone.scenes.training import Log, adamw, set_rate, warmed_cosine
 WIDTH, LAYERS, HEADS = 128, 4, 4
 PEAK_RATE = 1e-3
 PLACES = ("centre", *Relation)  # where an object can stand; one alone stands at the centre
+PLACE_TOKENS = slice(MAX_LENGTH - len(PLACES), MAX_LENGTH)  # token k names what stands at PLACES[k]
 _OBJECT_CLASSES = (len(SIZES) + 1, len(COLOURS) + 1, len(SHAPES) + 1)  # class 0: nothing there
 _GROUND_CLASSES = (len(BACKGROUNDS), len(TEXTURES))
 
@@ -79,19 +82,24 @@ def scene_targets(scene: Scene) -> list[int]:
 
 
 class Heads(nn.Module):
-    """Linear read-outs used in this training only: of the whole scene, and of a noun's object."""
+    """Linear read-outs used in this training only: of the whole scene, of a noun's object, and of
+    the object at a place token's place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scene_classes = _OBJECT_CLASSES * len(PLACES) + _GROUND_CLASSES
         self.scene = nn.Linear(WIDTH, sum(self.scene_classes))
         self.noun = nn.Linear(WIDTH, sum(_OBJECT_CLASSES))
+        self.place = nn.Linear(WIDTH, sum(_OBJECT_CLASSES))
 
     def scene_logits(self, hidden: Tensor) -> tuple[Tensor, ...]:
         return self.scene(hidden).split(self.scene_classes, dim=-1)
 
     def noun_logits(self, hidden: Tensor) -> tuple[Tensor, ...]:
         return self.noun(hidden).split(_OBJECT_CLASSES, dim=-1)
+
+    def place_logits(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        return self.place(hidden).split(_OBJECT_CLASSES, dim=-1)
 
 
 def _summed(logits: tuple[Tensor, ...], targets: Tensor) -> Tensor:
@@ -102,6 +110,32 @@ def _summed(logits: tuple[Tensor, ...], targets: Tensor) -> Tensor:
 def _noun_targets(scenes: Sequence[Scene]) -> Tensor:
     """[number of nouns in all captions, 3], in the order in which captions name the objects."""
     return torch.tensor([_codes(obj) for scene in scenes for obj in scene.objects])
+
+
+def text_loss(
+    heads: Heads, hidden: Tensor, ids: Tensor, scenes: Sequence[Scene], nouns: Tensor, end: int
+) -> Tensor:
+    """What the hidden states [n, MAX_LENGTH, WIDTH] of the scenes' captions must name, summed."""
+    rows, whole = torch.arange(len(ids)), torch.tensor([scene_targets(s) for s in scenes])
+    first_end = (ids == end).int().argmax(dim=1)
+    somewhere = first_end + ((MAX_LENGTH - first_end) * torch.rand(len(ids))).long()  # any closing token
+    places = whole[:, : 3 * len(PLACES)].reshape(-1, 3)
+    loss = _summed(heads.scene_logits(hidden[rows, first_end]), whole)
+    loss = loss + _summed(heads.scene_logits(hidden[rows, somewhere]), whole)
+    loss = loss + _summed(heads.noun_logits(hidden[torch.isin(ids, nouns)]), _noun_targets(scenes))
+    return loss + _summed(heads.place_logits(hidden[:, PLACE_TOKENS].flatten(0, 1)), places)
+
+
+@torch.no_grad()
+def whole_scene_right(heads: Heads, hidden: Tensor, ids: Tensor, scenes: Sequence[Scene], end: int) -> float:
+    """Share of captions whose whole scene is read rightly both at the end token and at the place tokens."""
+    whole = torch.tensor([scene_targets(s) for s in scenes])
+    first_end = (ids == end).int().argmax(dim=1)
+    at_end = heads.scene_logits(hidden[torch.arange(len(ids)), first_end])
+    right = torch.stack([z.argmax(-1) == whole[:, k] for k, z in enumerate(at_end)]).all(dim=0)
+    at_places = torch.stack([z.argmax(-1) for z in heads.place_logits(hidden[:, PLACE_TOKENS])], dim=-1)
+    right &= (at_places.flatten(1) == whole[:, : 3 * len(PLACES)]).all(dim=1)
+    return right.float().mean().item()
 
 
 def train(
@@ -117,24 +151,17 @@ def train(
     for step in range(steps):
         scenes = [sample_training_scene(rng, single=0.2) for _ in range(batch)]
         texts = [caption(s, int(rng.integers(len(TRAINED_PHRASINGS)))) for s in scenes]
-        ids, whole = tokenize(tokenizer, texts), torch.tensor([scene_targets(s) for s in scenes])
-        end = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
-        somewhere = end + ((MAX_LENGTH - end) * torch.rand(batch)).long()  # any of the closing tokens
+        ids = tokenize(tokenizer, texts)
         hidden = model(ids).last_hidden_state
-        rows = torch.arange(batch)
-        at_end, at_nouns = heads.scene_logits(hidden[rows, end]), hidden[torch.isin(ids, nouns)]
-        loss = _summed(at_end, whole) + _summed(heads.scene_logits(hidden[rows, somewhere]), whole)
-        loss = loss + _summed(heads.noun_logits(at_nouns), _noun_targets(scenes))
+        loss = text_loss(heads, hidden, ids, scenes, nouns, tokenizer.eos_token_id)
         set_rate(optimizer, warmed_cosine(step / steps, 0.05))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % max(steps // 40, 1) == 0 or step == steps - 1:
-            right = torch.stack([z.argmax(-1) == whole[:, k] for k, z in enumerate(at_end)]).all(dim=0)
+            right = whole_scene_right(heads, hidden, ids, scenes, tokenizer.eos_token_id)
             seconds = time.monotonic() - started
-            log.write(
-                step=step, loss=loss.item(), whole_scene_right=right.float().mean().item(), seconds=seconds
-            )
+            log.write(step=step, loss=loss.item(), whole_scene_right=right, seconds=seconds)
             with writing(folder) as temporary:
                 model.save_pretrained(temporary)

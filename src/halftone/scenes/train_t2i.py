@@ -6,8 +6,6 @@ makes it write one first), and every step draws from a generator seeded by (seed
 
 from __future__ import annotations
 
-import signal
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from halftone.scenes import denoiser
+from halftone.scenes import denoiser, loop
 from halftone.scenes.latents import LatentBank
 from halftone.scenes.pipeline import assemble, sample_sheet
 from halftone.scenes.splits import draw
@@ -86,7 +84,7 @@ class Trainer:
         for name, module in self._modules().items():
             module.load_state_dict(parts[name])
             self.averages[name].load(parts[f"{name}-average"], facts["steps"])
-        load_optimizer(self.optimizer, parts["optimizer"])
+        load_optimizer(self.optimizer, parts.get("optimizer", {}))  # none: started from given weights
         self.images = facts["images"]
 
     def save(self) -> None:
@@ -99,6 +97,7 @@ class Trainer:
     def step(self) -> Tensor:
         """One batch; returns its loss."""
         plan = self.plan
+        self._grow_bank()
         rng = torch.Generator().manual_seed(plan.seed * 1_000_003 + self.images)
         latents, ids = self.bank.draw(plan.batch, rng)
         ids[torch.rand(plan.batch, generator=rng) < plan.empty] = self.nothing
@@ -127,34 +126,7 @@ class Trainer:
             self.bank.grow()
 
     def run(self) -> None:
-        plan = self.plan
-        started = saved = shown = logged = time.monotonic()
-        first, losses = self.images, []
-        stopped: list[int] = []
-        signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-        while self.images < plan.images and not stopped:
-            self._grow_bank()
-            losses.append(self.step())
-            now = time.monotonic()
-            if now - logged > 15:
-                loss = float(torch.stack(losses).mean())
-                rate = len(losses) * plan.batch / (now - logged)
-                overall = (self.images - first) / (now - started)
-                left = (plan.images - self.images) / overall / 60
-                self.log.write(
-                    images=self.images, loss=round(loss, 5), rate=round(rate, 1), minutes_left=round(left, 1)
-                )
-                logged, losses = now, []
-            early = self.images - plan.batch < plan.first_save <= self.images
-            if early or now - saved > plan.save_seconds:
-                self.save()
-                saved = time.monotonic()
-            if early or now - shown > plan.sheet_seconds:
-                self.show()
-                shown = time.monotonic()
-        self.save()
-        if not stopped:
-            self.show()
+        loop.run(self, self.plan)
 
     def show(self) -> None:
         """A sheet of 64 validation captions, drawn with the averaged weights."""
