@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from trees import copy_workflow, edit, snakemake, with_stub
+from trees import copy_workflow, edit, halftone, snakemake, with_stub
 
 from halftone.settings import load
 from halftone.workflow import proxy
@@ -38,7 +38,7 @@ def test_the_card_of_a_model_that_is_gone_goes_too(tmp_path: Path) -> None:
     assert snakemake(tree, "proxy").returncode == 0
     assert (tree / "results/proxy/other").is_dir()
     edit(tree, model, "")
-    assert snakemake(tree, "proxy").returncode == 0
+    assert halftone(tree, "prune").returncode == 0
     assert not (tree / "results/proxy/other").exists()
     assert (tree / "results/proxy/scenes-t2i").is_dir()
 
