@@ -76,8 +76,9 @@ def test_bounds() -> None:
     assert ModuleParity(**good).passed
     for worse in ({"next_code": 11}, {"far_code": 1}, {"difference": 1e-4}):
         assert not ModuleParity(**{**good, **worse}).passed
-    assert CallParity(call=0, simulated_to_full=1.0, integer_to_simulated=0.1).passed
-    assert not CallParity(call=0, simulated_to_full=1.0, integer_to_simulated=0.11).passed
+    assert CallParity(call=0, simulated_to_full=1.0, integer_to_simulated=0.1, order=0.0).passed
+    assert not CallParity(call=0, simulated_to_full=1.0, integer_to_simulated=0.2, order=0.05).passed
+    assert CallParity(call=0, simulated_to_full=1.0, integer_to_simulated=0.2, order=0.1).passed
 
 
 def test_what_is_no_certificate_is_refused(tmp_path: Path) -> None:

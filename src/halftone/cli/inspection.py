@@ -64,7 +64,13 @@ def info(
     if parity := facts["parity"]:
         found = f"{parity['modules']} modules, {parity['calls']} calls, {parity['prompts']} prompts"
         print(f"{'parity':22} {'passed' if parity['passed'] else 'FAILED'} ({found}, {parity['cpu']})")
-        for name in ("next_code_share", "far_codes", "largest_difference", "largest_call_ratio"):
+        for name in (
+            "next_code_share",
+            "far_codes",
+            "largest_difference",
+            "largest_call_ratio",
+            "largest_order_ratio",
+        ):
             print(f"  {name:20} {parity[name]:.3g}")
 
 
