@@ -111,7 +111,10 @@ def power_law(seen: Seen) -> Finding:
             "the same in cross-attention": _wins([watch for watch in watches if watch.cross]),
             "the same, first half of the calls": _by_calls(ratios, later=False),
             "the same, later half": _by_calls(ratios, later=True),
-            "the same, fitted above the median only": share(
+            "layers whose better law changes from call to call": sum(
+                0 < sum(ratio > 0 for ratio in values) < len(values) for values in ratios.values()
+            ),
+            "the same share, fitted above the median only": share(
                 above > 0 for watch in watches for _, above in watch.ratios
             ),
             "layers": len(ratios),

@@ -121,7 +121,7 @@ def figure(finding: Finding) -> str:
 
 
 def markdown(card: Card, plots: str = "") -> str:
-    """The card for people. plots: folder of the plots as seen from the card, with a closing slash."""
+    """The card for people. plots: what their names begin with, seen from the card."""
     guidance = f", guidance {card.guidance:g}" if card.guidance > 1 else ""
     lines = [
         f"# Proxy card of {card.name}",
