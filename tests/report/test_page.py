@@ -110,6 +110,18 @@ def test_the_table_says_what_is_known(page: Page) -> None:
     assert page.text.count("code commit f00") == 1  # shared by the two recipes
 
 
+def test_errors_per_call_are_drawn_where_a_row_has_them(results: Path, tmp_path: Path) -> None:
+    rows = read_csv(results / "summary.csv")
+    assert "after every call" not in render(rows, gather(rows, results))
+    path = results / "metrics" / f"{STATIC}.json"
+    measured = read_json(path)
+    errors = [{"value": 0.1 * k, "error": 0.01, "lo": 0.09 * k, "hi": 0.11 * k} for k in (1, 2, 3)]
+    write_json(path, {**measured, "latent_error": errors})
+    found = gather(rows, results)
+    assert [one["value"] for one in found[STATIC].latent_error] == [0.1, 0.2, pytest.approx(0.3)]
+    assert "error of the latents of each row after every call" in render(rows, found)
+
+
 def test_rows_of_one_recipe_are_told_apart(results: Path, tmp_path: Path) -> None:
     again = row("m_static-shared_w4a8_demo", "static", kid_to_fp=(0.1, 0.0, 0.2))
     write_json(results / "metrics" / "again.json", {"rows": [again]})

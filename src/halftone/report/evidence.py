@@ -42,8 +42,8 @@ class Evidence:
     """What there is about a scenario besides its figures.
 
     images, others: of seed sets A and B, by prompt id, those to be shown. lpips: of all prompts by id, to
-    the full-precision image of the same noise. facts: of its provenance, by name. command: to make the
-    artefact again.
+    the full-precision image of the same noise. latent_error: value, lo and hi after every call. facts: of its
+    provenance, by name. command: to make the artefact again.
     """
 
     plan: Plan | None = None
@@ -52,6 +52,7 @@ class Evidence:
     images: Mapping[int, Pixels] = default(default_factory=dict)
     others: Mapping[int, Pixels] = default(default_factory=dict)
     lpips: Mapping[int, float] = default(default_factory=dict)
+    latent_error: Sequence[Mapping[str, float]] = ()
     facts: Sequence[tuple[str, str]] = ()
     command: str = ""
     verdict: Verdict = NO_VERDICT
@@ -93,6 +94,7 @@ def gather(rows: Sequence[Row], results: Path, prompts: Sequence[Path | str] = (
                 images=images.a,
                 others=images.b,
                 lpips={} if full else lpips[scenario],
+                latent_error=() if full else tuple(measured.get("latent_error") or ()),
                 facts=_facts(row, images.index, known, measured),
                 command=_command(known, scenario),
                 verdict=NO_VERDICT if full else verdict(measured),

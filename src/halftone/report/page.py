@@ -20,6 +20,7 @@ from halftone.recipes import FULL_PRECISION
 from halftone.report.evidence import OWN_FACTS, Evidence, gather
 from halftone.report.grids import png, stack
 from halftone.report.pictures import grid_of, grids, uri, worst_of
+from halftone.report.plots import Errors, errors_svg
 from halftone.report.summary import FLOOR, FULL_PRECISION_ROWS, Row, groups, read_csv, source_of
 from halftone.report.table import FEWEST_FOR_FRECHET, name_of, percent, shown, table
 
@@ -157,9 +158,21 @@ def _group(place: int, rows: Sequence[Row], evidence: Mapping[str, Evidence]) ->
         "heads": made.heads,
         "rows": made.rows,
         "reading": _reading(rows),
+        "errors": _errors(rows, evidence),
         "grid": grid_of(rows, evidence),
         "worst": worst_of(rows, evidence),
     }
+
+
+def _errors(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> str | None:
+    """The plot of latent errors per call; None where no row has them."""
+    found = []
+    for row in rows:
+        errors = evidence.get(source_of(row), Evidence()).latent_error
+        if errors and not _full_precision(row):
+            parts = (tuple(call[key] for call in errors) for key in ("value", "lo", "hi"))
+            found.append(Errors(name_of(row, rows), *parts))
+    return uri(errors_svg(found).encode(), "image/svg+xml") if found else None
 
 
 def _what(row: Row) -> str:
