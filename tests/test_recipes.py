@@ -35,12 +35,28 @@ def test_a_preset_goes_through_the_chain_and_draws(
     assert np.isfinite(images).all()
 
 
+def test_progressive_calibration_is_an_axis_of_any_per_call_recipe(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    axes = {"calibration_inputs": "progressive", "rounding": "nearest"}
+    kwargs = {"bits": "w4a4", "axes": axes, **HOW}
+    folder = halftone.quantize(str(tiny_model_folder), "static", PROMPTS, tmp_path / "out", **kwargs)
+    other = {**axes, "calibration_inputs": "reference"}
+    plain = halftone.quantize(
+        str(tiny_model_folder), "static", PROMPTS, tmp_path / "plain", **{**kwargs, "axes": other}
+    )
+    verify(folder)
+    name = "unet/quantized.safetensors"
+    assert (folder / name).read_bytes() != (plain / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
         ({"step_size": "learned", "time_axis": "per_call"}, "learns shared parameters"),
         ({"calibration_calls": "normal", "time_axis": "per_call"}, "calibration_calls: all"),
         ({"temporal_block": "apart"}, "nothing is learned"),
+        ({"calibration_inputs": "progressive"}, "fits call by call"),
         ({"shortcut": "split", "time_axis": "dynamic"}, "needs stored parameters"),
         ({"colour": "red"}, "colour"),
     ],

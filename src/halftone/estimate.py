@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halftone.passes.schedule import SCHEDULES, STEP_SIZES
-from halftone.recipes import StepSize
+from halftone.recipes import CalibrationInputs, StepSize
 from halftone.settings import Settings
 from halftone.workflow.paths import TIMINGS, Rule, applies, outputs
 
@@ -103,7 +103,10 @@ def _work(settings: Settings, rule: Rule, key: str, speed: float) -> float:
         return settings.calibration.n_prompts * passes / speed
     if rule is Rule.CALIBRATE:
         observing = settings.calibration.n_prompts * passes * _SIMULATED / speed
-        if settings.scenarios[key].resolved_axes().step_size is not StepSize.LEARNED:
+        axes = settings.scenarios[key].resolved_axes()
+        if axes.calibration_inputs is CalibrationInputs.PROGRESSIVE:
+            observing *= 3  # one pass over the reference trajectory, then two calls where that has one
+        if axes.step_size is not StepSize.LEARNED:
             return observing
         iterations = STEP_SIZES[settings.reconstruction.budget].iterations
         return observing + _learning(settings, macs, iterations) * _SIMULATED / speed

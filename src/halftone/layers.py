@@ -35,11 +35,12 @@ from halftone.recipes import Range
 
 
 class Mode(StrEnum):
-    """What a site quantizer does with a tensor: nothing, show it to its observer, or quantize it."""
+    """What a site quantizer does with a tensor: nothing, show it to its observer, quantize it, or both."""
 
     OFF = "off"
     OBSERVE = "observe"
     QUANTIZE = "quantize"
+    OBSERVE_QUANTIZED = "observe and quantize"
 
 
 class Observer(Protocol):
@@ -87,15 +88,16 @@ class SiteQuantizer(nn.Module):
         return self.scale.shape[0]
 
     def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Parameters of every call at once, (n_calls, ...) or (1, ...), kept as given."""
+        """Parameters of every call at once, (n_calls, ...) or (1, ...)."""
         if scale.shape != zero_point.shape or scale.shape[0] not in (1, self.n_calls):
             raise ValueError(
                 f"{self.site.name}: scale {tuple(scale.shape)} and zero point {tuple(zero_point.shape)} "
                 f"do not fit {self.n_calls} calls"
             )
         device = self.scale.device
-        self.scale = scale.detach().to(device, torch.float32)
-        self.zero_point = zero_point.detach().to(device, torch.float32)
+        # copies: `set_call` writes into them
+        self.scale = scale.detach().to(device, torch.float32, copy=True)
+        self.zero_point = zero_point.detach().to(device, torch.float32, copy=True)
         self._fast = []
 
     def set_call(self, call: int, params: AffineParams) -> None:
@@ -120,11 +122,12 @@ class SiteQuantizer(nn.Module):
         """x, of its own shape and dtype. Raises RuntimeError when quantizing without parameters."""
         if self.mode is Mode.OFF:
             return x
-        if self.mode is Mode.OBSERVE:
+        if self.mode is not Mode.QUANTIZE:
             if self.observer is None:
                 raise RuntimeError(f"{self.site.name}: asked to observe, but no observer was set")
             self.observer.update(x)
-            return x
+            if self.mode is Mode.OBSERVE:
+                return x
         if self.soft_params is not None:
             return fake_quantize(x, self.soft_params())
         if self.dynamic:

@@ -51,6 +51,14 @@ class CalibrationCalls(StrEnum):
     NORMAL = "normal"
 
 
+class CalibrationInputs(StrEnum):
+    """What a call's parameters are fitted to: the reference trajectory, or what the quantized calls before it
+    hand on (PCR)."""
+
+    REFERENCE = "reference"
+    PROGRESSIVE = "progressive"
+
+
 class Shortcut(StrEnum):
     """Input and weight of a shortcut convolution that reads cat([hidden, skip]): one range, or one for
     each half (Q-Diffusion)."""
@@ -95,6 +103,9 @@ class Axes(BaseModel):
     calibration_calls: CalibrationCalls = Field(
         CalibrationCalls.ALL, description="calls that calibration and reconstruction draw samples from"
     )
+    calibration_inputs: CalibrationInputs = Field(
+        CalibrationInputs.REFERENCE, description="activations fitted to the reference or progressively"
+    )
     shortcut: Shortcut = Field(Shortcut.WHOLE, description="concatenated shortcut inputs, whole or split")
     rounding: Rounding = Field(Rounding.NEAREST, description="nearest, or learned by block reconstruction")
     unit_input: UnitInput = Field(UnitInput.QUANTIZED_PREFIX, description="inputs of block reconstruction")
@@ -112,6 +123,11 @@ class Axes(BaseModel):
             raise ValueError(
                 f"calibration_calls {self.calibration_calls}: leaves calls out, but time_axis is "
                 f"{self.time_axis}; write calibration_calls: all"
+            )
+        progressive = self.calibration_inputs is CalibrationInputs.PROGRESSIVE
+        if progressive and self.time_axis is not TimeAxis.PER_CALL:
+            raise ValueError(
+                f"calibration_inputs progressive: fits call by call, time_axis is {self.time_axis}"
             )
         if self.shortcut is Shortcut.SPLIT and self.time_axis is TimeAxis.DYNAMIC:
             raise ValueError("shortcut split: needs stored parameters, time_axis is dynamic")

@@ -50,7 +50,7 @@ def calibrate(
     renewed after every call; the same arguments go on from it, with the same bits. The caller removes it.
     Raises UserError naming site and call where a tensor holds NaN or infinite values.
     """
-    walk = _Walk(quantizers, axes)
+    walk = Walk(quantizers, axes)
     calls = trajectory.n_calls
     chosen = calibration_prompts(trajectory, axes.calibration_calls, seed)
     widths = {name: quantizer.bits for name, quantizer in quantizers.items()}
@@ -88,7 +88,7 @@ def calibrate(
 class _Watch:
     """Observer of one site: an estimator of its range, and the extremes of the call at hand."""
 
-    def __init__(self, site: str, walk: _Walk, call: int) -> None:
+    def __init__(self, site: str, walk: Walk, call: int) -> None:
         self.site, self.walk, self.call = site, walk, call
         self.extremes = MinMax()
 
@@ -109,7 +109,7 @@ class _Watch:
             raise UserError(f"{self.site}, call {self.call}: the denoiser does not run this module") from None
 
 
-class _Walk:
+class Walk:
     """Calibration in progress: what was found of each site at the calls done so far, by column."""
 
     def __init__(self, quantizers: Mapping[str, SiteQuantizer], axes: Axes) -> None:
@@ -143,6 +143,26 @@ class _Walk:
         if self.axes.time_axis is TimeAxis.PER_CALL:
             self._fit()
         self.done += 1
+
+    def last(self) -> ActivationParameters:
+        """What was found at the call done last, per-call parameters among it."""
+        return {
+            site: SiteParameters(**{name: rows[-1] for name, rows in columns.items()})
+            for site, columns in self.columns.items()
+        }
+
+    def take(self, found: ActivationParameters) -> None:
+        """What `last` gave, as the next call done."""
+        for site, values in found.items():
+            for name, value in values._asdict().items():
+                self.columns[site][name].append(value)
+        self.done += 1
+
+    def use(self, call: int) -> None:
+        """Let the quantizers use, at `call`, what was found at it."""
+        for site, values in self.last().items():
+            quantizer = self.quantizers[site]
+            quantizer.set_call(call, AffineParams(values.scale, values.zero_point, quantizer.bits))
 
     def _fit(self) -> None:
         for name, found in self.estimators.items():

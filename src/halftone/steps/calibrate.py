@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -16,15 +17,16 @@ from halftone.denoiser import denoiser_of, is_layer, sites
 from halftone.errors import UserError
 from halftone.layers import WeightCodes, quantized_layers, set_weights, wrap
 from halftone.passes.calibrate import calibrate as observe
+from halftone.passes.progressive import calibrate_progressively
 from halftone.passes.state import CalibrationState
 from halftone.passes.step_size import learn_step_sizes
 from halftone.passes.weights import quantize_weights
 from halftone.provenance import Provenance
-from halftone.recipes import StepSize, TimeAxis
+from halftone.recipes import CalibrationInputs, StepSize, TimeAxis
 from halftone.settings import Reconstruction
 from halftone.source import Source
 from halftone.steps.choice import Choice, check_same_model
-from halftone.trajectory import Trajectory
+from halftone.trajectory import Trajectory, run_arguments
 
 
 def calibrate(
@@ -72,6 +74,19 @@ def calibrate(
             seed=known.seed,
             checkpoint=None if work is None else work / "calls.safetensors",
         )
+        if choice.axes.calibration_inputs is CalibrationInputs.PROGRESSIVE:
+            with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
+                activations = calibrate_progressively(
+                    source.pipeline,
+                    denoiser,
+                    quantizers,
+                    context,
+                    trajectory,
+                    choice.axes,
+                    activations,
+                    _runs(source, trajectory, known, batch_size),
+                    checkpoint=(work or Path(spare)) / "progressive",
+                )
         if choice.axes.step_size is StepSize.LEARNED:
             for layer in quantized_layers(denoiser).values():
                 layer.use_full_precision(True)
@@ -90,6 +105,27 @@ def calibrate(
                     checkpoint=(work or Path(spare)) / "step_sizes",
                 )
     return CalibrationState(dict(weights), activations, trajectory.timesteps, trajectory.noise_levels)
+
+
+def _runs(
+    source: Source, trajectory: Trajectory, known: Provenance, batch_size: int
+) -> list[tuple[range, dict[str, Any]]]:
+    """Of every batch of prompts: their places in the trajectory, and how the pipeline is run on them. The
+    denoiser takes its text from the trajectory, so the pipeline is given none; the noise is the recorded."""
+    runs, output = [], {"output_type": "latent"} if hasattr(source.pipeline, "vae") else {}
+    for first in range(0, trajectory.n_prompts, batch_size):
+        ids = range(trajectory.n_prompts)[first : first + batch_size]
+        arguments = run_arguments(
+            source.pipeline,
+            ids,
+            [""] * len(ids),
+            steps=known.steps,
+            guidance=known.guidance,
+            resolution=known.resolution,
+            seed=known.seed,
+        )
+        runs.append((ids, {**arguments, **output}))
+    return runs
 
 
 @contextlib.contextmanager

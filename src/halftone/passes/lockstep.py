@@ -1,0 +1,129 @@
+"""Sampling runs of one pipeline, batch beside batch, all held at the same call of the denoiser.
+
+Each run is the real pipeline with a scheduler of its own, in a thread that waits whenever it asks for the
+denoiser. So any scheduler and any pipeline work, and what a run needs to go on is what its scheduler holds.
+One thread computes at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace, TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from halftone.denoiser import denoiser_of
+
+
+class _Abandoned(BaseException):
+    """Raised in a run that nobody waits for any more."""
+
+
+class _Run(threading.Thread):
+    def __init__(self, pipeline: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self.pipeline = copy.copy(pipeline)
+        self.pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+        self.arguments = dict(arguments)
+        self.asked: queue.SimpleQueue[Tensor | BaseException | None] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        end: BaseException | None = None
+        try:
+            with torch.no_grad():  # not inherited by threads
+                self.pipeline(**self.arguments)
+        except _Abandoned:
+            pass
+        except BaseException as fault:  # handed to the thread that waits
+            end = fault
+        self.asked.put(end)
+
+    def ask(self, latents: Tensor) -> Tensor:
+        """In the run's own thread: the denoiser's output for these inputs."""
+        self.asked.put(latents)
+        answer = self.answers.get()
+        if answer is None:
+            raise _Abandoned
+        return answer
+
+    def wait(self) -> Tensor | None:
+        """What the run asks for next; None at its end. Raises what the run raised."""
+        found = self.asked.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+
+class Lockstep:
+    """A context in which `latents` are those of the current call and `answer` takes all runs to the next.
+
+    pipeline: any diffusers pipeline; `arguments`: of its `__call__`, one mapping per batch.
+    """
+
+    def __init__(self, pipeline: Any, arguments: Sequence[Mapping[str, Any]]) -> None:
+        self.denoiser: nn.Module = denoiser_of(pipeline)
+        self.runs = [_Run(pipeline, one) for one in arguments]
+        self.latents: list[Tensor] = []
+        """By batch: the latents as the denoiser is given them, both guidance halves."""
+        self._by_thread: dict[int, _Run] = {}
+
+    def __enter__(self) -> Self:
+        original = self.denoiser.forward
+        signature = inspect.signature(original)
+        name = next(iter(signature.parameters))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            run = self._by_thread.get(threading.get_ident())
+            if run is None:
+                return original(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs).arguments
+            output = run.ask(bound[name])
+            whole = bound.get("return_dict", True)
+            return SimpleNamespace(sample=output) if whole else (output,)
+
+        self.denoiser.forward = forward
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._leave)
+            for run in self.runs:
+                run.start()
+                assert run.ident is not None
+                self._by_thread[run.ident] = run
+            self._collect()
+            undo.pop_all()
+        return self
+
+    def _collect(self) -> None:
+        found = [run.wait() for run in self.runs]
+        self.latents = [latents for latents in found if latents is not None]
+
+    def answer(self, outputs: Sequence[Tensor]) -> None:
+        """Hand every run the denoiser's output; `latents` are then those of the next call, none at the end.
+
+        Raises what a run raises.
+        """
+        found = []
+        for run, output in zip(self.runs, outputs, strict=True):
+            run.answers.put(output)
+            found.append(run.wait())  # one at a time
+        self.latents = [latents for latents in found if latents is not None]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        for run in self.runs:
+            if run.is_alive():
+                run.answers.put(None)
+                run.join()
+        with contextlib.suppress(AttributeError):
+            del self.denoiser.forward

@@ -1,0 +1,185 @@
+"""Progressive calibration: on the quantized sampler's own latents, in linear time, resumable."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from torch import Tensor
+
+from halftone.denoiser import CallContext, sites
+from halftone.layers import Mode, SiteQuantizer, set_mode, set_weights, wrap
+from halftone.passes import progressive
+from halftone.passes.calibrate import calibrate
+from halftone.passes.lockstep import Lockstep
+from halftone.passes.progressive import calibrate_progressively
+from halftone.passes.state import ActivationParameters
+from halftone.passes.weights import quantize_weights
+from halftone.quantizers.affine import fit_affine, fit_non_negative
+from halftone.quantizers.bits import Bits
+from halftone.quantizers.ranges import MinMax
+from halftone.recipes import Axes, CalibrationInputs, TimeAxis
+from halftone.trajectory import Trajectory, denoiser_inputs, record, run_arguments
+
+AXES = Axes(time_axis=TimeAxis.PER_CALL, calibration_inputs=CalibrationInputs.PROGRESSIVE)
+PROMPTS = ["a large red star", "a small blue ring", "a green cross"]
+HOW: dict[str, Any] = {"steps": 3, "guidance": 4.0, "resolution": 16, "seed": 0}
+BATCHES = (range(2), range(2, 3))
+
+
+class Case:
+    """A pipeline with a wrapped denoiser, calibrated on its reference trajectory."""
+
+    def __init__(self, pipeline: Any, bits: str = "w8a4") -> None:
+        self.pipeline = pipeline
+        self.trajectory: Trajectory = record(pipeline, PROMPTS, batch_size=2, **HOW)
+        self.denoiser = pipeline.unet
+        width, found = Bits.parse(bits), sites(pipeline.unet)
+        weights = quantize_weights(self.denoiser, found, AXES, width.weight)
+        self.context = CallContext(self.trajectory.timesteps, self.trajectory.noise_levels)
+        self.quantizers = wrap(self.denoiser, found, width, self.trajectory.n_calls, self.context)
+        set_weights(self.denoiser, weights, width.weight)
+        self.reference = calibrate(
+            self.denoiser, self.quantizers, self.context, self.trajectory, AXES, batch_size=2
+        )
+
+    def arguments(self, ids: range) -> dict[str, Any]:
+        return {**run_arguments(self.pipeline, ids, [""] * len(ids), **HOW), "output_type": "latent"}
+
+    def run(self, checkpoint: Path) -> ActivationParameters:
+        return calibrate_progressively(
+            self.pipeline,
+            self.denoiser,
+            self.quantizers,
+            self.context,
+            self.trajectory,
+            AXES,
+            self.reference,
+            [(ids, self.arguments(ids)) for ids in BATCHES],
+            checkpoint=checkpoint,
+        )
+
+
+@pytest.fixture
+def case(tiny_pipeline: Any) -> Case:
+    return Case(copy.deepcopy(tiny_pipeline))
+
+
+def same(one: ActivationParameters, other: ActivationParameters) -> bool:
+    return all(torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
+
+
+@pytest.mark.parametrize("scheduler", [None, DDIMScheduler, EulerDiscreteScheduler])
+def test_runs_in_lockstep_are_the_pipelines_own(tiny_pipeline: Any, scheduler: Any) -> None:
+    pipeline = copy.deepcopy(tiny_pipeline)
+    if scheduler is not None:
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    trajectory = record(pipeline, PROMPTS, batch_size=2, **HOW)
+    arguments = [
+        {**run_arguments(pipeline, ids, [""] * len(ids), **HOW), "output_type": "latent"} for ids in BATCHES
+    ]
+    with torch.no_grad(), Lockstep(pipeline, arguments) as runs:
+        for call in range(trajectory.n_calls):
+            for ids, latents in zip(BATCHES, runs.latents, strict=True):
+                ours = latents[: len(ids)]
+                torch.testing.assert_close(ours, trajectory.latents[call, list(ids)], atol=1e-4, rtol=1e-4)
+            given = [denoiser_inputs(trajectory, call, ids) for ids in BATCHES]
+            for one, latents in zip(given, runs.latents, strict=True):
+                one[trajectory.input_name] = latents
+            runs.answer([pipeline.unet(**one)[0] for one in given])
+        assert not runs.latents
+    assert "forward" not in vars(pipeline.unet)
+
+
+def test_a_fault_in_a_run_ends_all_of_them(tiny_pipeline: Any) -> None:
+    pipeline = copy.deepcopy(tiny_pipeline)
+    good, bad = ({**run_arguments(pipeline, range(1), [""], **HOW), "output_type": "latent"} for _ in "ab")
+    bad["prompt"] = 3
+    with pytest.raises(ValueError, match="prompt"), Lockstep(pipeline, [good, bad]):
+        pass
+    assert "forward" not in vars(pipeline.unet)
+
+
+def test_two_denoiser_calls_per_batch_and_call(case: Case, tmp_path: Path) -> None:
+    seen: list[object] = []
+    hook = case.denoiser.register_forward_hook(lambda *given: seen.append(given[0]))
+    computed: list[int] = []
+    inner = case.denoiser.conv_in.register_forward_hook(lambda *_: computed.append(1))
+    case.run(tmp_path)
+    hook.remove()
+    inner.remove()
+    assert len(computed) == 2 * len(BATCHES) * case.trajectory.n_calls
+
+
+def test_ranges_are_those_of_the_replayed_prefix(case: Case, tmp_path: Path) -> None:
+    """The algorithm as published, for the same noise: for every call run the quantized sampler from the
+    start, observe that call while it uses the reference's parameters, and only then replace them."""
+    found = case.run(tmp_path)
+    set_all(case.quantizers, case.reference)
+    for call in range(case.trajectory.n_calls):
+        for quantizer in case.quantizers.values():
+            quantizer.observer = MinMax()
+        for ids in BATCHES:
+            replay(case, ids, until=call)
+        for name, quantizer in case.quantizers.items():
+            lo, hi = quantizer.observer.range()  # type: ignore[union-attr]
+            fit = (
+                fit_non_negative(hi, quantizer.bits)
+                if quantizer.non_negative
+                else fit_affine(lo, hi, quantizer.bits)
+            )
+            assert fit.scale.reshape(()) == found[name].scale[call], (name, call)
+            assert fit.zero_point.reshape(()) == found[name].zero_point[call]
+            quantizer.set_call(call, type(fit)(fit.scale.reshape(()), fit.zero_point.reshape(()), fit.bits))
+    assert not same(found, case.reference)
+
+
+def set_all(quantizers: dict[str, SiteQuantizer], found: ActivationParameters) -> None:
+    for name, quantizer in quantizers.items():
+        quantizer.set_parameters(found[name].scale.clone(), found[name].zero_point.clone())
+
+
+def replay(case: Case, ids: range, until: int) -> None:
+    with torch.no_grad(), Lockstep(case.pipeline, [case.arguments(ids)]) as run:
+        for call in range(until + 1):
+            given = denoiser_inputs(case.trajectory, call, ids)
+            given[case.trajectory.input_name] = run.latents[0]
+            set_mode(case.quantizers, Mode.OBSERVE_QUANTIZED if call == until else Mode.QUANTIZE)
+            with case.context.at(call):
+                output: Tensor = case.denoiser(**given)[0]
+            run.answer([output])
+
+
+def test_at_sixteen_bits_it_is_the_reference(tiny_pipeline: Any, tmp_path: Path) -> None:
+    case = Case(copy.deepcopy(tiny_pipeline), "w16a16")
+    found = case.run(tmp_path)
+    for name in found:
+        torch.testing.assert_close(found[name].scale, case.reference[name].scale, rtol=0.02, atol=1e-7)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_bits(
+    case: Case, tiny_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = case.run(tmp_path / "whole")
+    keep, kept = progressive._keep, list[Path]()
+
+    def fail(path: Path, *rest: Any) -> None:
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+        kept.append(path)
+        keep(path, *rest)
+
+    again = Case(copy.deepcopy(tiny_pipeline))
+    with monkeypatch.context() as patch:
+        patch.setattr(progressive, "_keep", fail)
+        with pytest.raises(KeyboardInterrupt):
+            again.run(tmp_path / "cut")
+    resumed = Case(copy.deepcopy(tiny_pipeline))
+    computed: list[int] = []
+    resumed.denoiser.conv_in.register_forward_hook(lambda *_: computed.append(1))
+    assert same(resumed.run(tmp_path / "cut"), whole)
+    assert len(computed) == 2 * len(BATCHES) * (case.trajectory.n_calls - 2)
