@@ -64,9 +64,9 @@ prune: setup ## remove results of scenarios that are no longer configured
 code: setup ## after imports have changed: list in dvc.yaml what each rule depends on
 	$(BIN)/python -m halftone code
 
-trainings: setup ## put the trainings of the embedded models into MLflow: curves and final pictures
-	@for log in docs/figures/scenes-*-loss.jsonl; do $(BIN)/python -m halftone.scenes.train log-run \
-	  --log $$log --sheets docs/figures --name $$(basename $$log -loss.jsonl) || exit; done
+trainings: setup ## put the trainings of the embedded models into MLflow: curves and pictures on the way
+	@for run in docs/trainings/*; do $(BIN)/python -m halftone.scenes.train log-run \
+	  --log $$run/log.jsonl --sheets $$run --name $$(basename $$run) || exit; done
 
 ui: setup ## the runs in MLflow, at http://127.0.0.1:5000
 	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --host 127.0.0.1 --workers 1
