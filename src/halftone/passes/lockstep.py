@@ -73,7 +73,6 @@ class Lockstep:
         self.runs = [_Run(pipeline, one) for one in arguments]
         self.latents: list[Tensor] = []
         """By batch: the latents as the denoiser is given them, both guidance halves."""
-        self._by_thread: dict[int, _Run] = {}
 
     def __enter__(self) -> Self:
         original = self.denoiser.forward
@@ -81,8 +80,8 @@ class Lockstep:
         name = next(iter(signature.parameters))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            run = self._by_thread.get(threading.get_ident())
-            if run is None:
+            run = threading.current_thread()
+            if not isinstance(run, _Run):
                 return original(*args, **kwargs)
             bound = signature.bind(*args, **kwargs).arguments
             output = run.ask(bound[name])
@@ -94,8 +93,6 @@ class Lockstep:
             undo.callback(self._leave)
             for run in self.runs:
                 run.start()
-                assert run.ident is not None
-                self._by_thread[run.ident] = run
             self._collect()
             undo.pop_all()
         return self
