@@ -20,24 +20,11 @@ from halftone.passes.weights import quantize_weights
 from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes, Shortcut, StepSize
 from halftone.settings import Budget, Reconstruction
-from halftone.trajectory import Trajectory, denoiser_inputs, record
+from halftone.trajectory import Trajectory, denoiser_inputs
 
 AXES = Axes(step_size=StepSize.LEARNED, shortcut=Shortcut.SPLIT)
 BITS = Bits.parse("w8a4")
 HOW = Reconstruction(budget=Budget.FAST, batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def trajectory(tiny_pipeline: Any) -> Trajectory:
-    return record(
-        tiny_pipeline,
-        ["a red star", "a blue ring"],
-        steps=3,
-        guidance=5.0,
-        resolution=16,
-        seed=0,
-        batch_size=2,
-    )
 
 
 class Case:

@@ -17,23 +17,10 @@ from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes, Rounding
 from halftone.recipes import TemporalBlock as Choice
 from halftone.settings import Budget, Reconstruction
-from halftone.trajectory import Trajectory, denoiser_inputs, record
+from halftone.trajectory import Trajectory, denoiser_inputs
 
 SMOKE = Reconstruction(budget=Budget.SMOKE, batch_size=4)
 APART = Axes(rounding=Rounding.ADAROUND, temporal_block=Choice.APART)
-
-
-@pytest.fixture(scope="module")
-def trajectory(tiny_pipeline: Any) -> Trajectory:
-    return record(
-        tiny_pipeline,
-        ["a red star", "a blue ring"],
-        steps=3,
-        guidance=5.0,
-        resolution=16,
-        seed=0,
-        batch_size=2,
-    )
 
 
 def seen_by_the_projections(denoiser: Any, trajectory: Trajectory, seed: int) -> list[torch.Tensor]:

@@ -8,21 +8,17 @@ says, and estimated on the calls that `axes.calibration_calls` chooses; extremes
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from halftone.calls import CallContext
 from halftone.errors import UserError
-from halftone.files import writing
 from halftone.layers import Mode, SiteQuantizer, set_mode
-from halftone.passes.fingerprint import fingerprint
+from halftone.passes import checkpoint as checkpoints
 from halftone.passes.samples import calibration_prompts
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
 from halftone.progress import Progress
@@ -55,7 +51,7 @@ def calibrate(
     chosen = calibration_prompts(trajectory, axes.calibration_calls, seed)
     widths = {name: quantizer.bits for name, quantizer in quantizers.items()}
     facts = [axes.model_dump(mode="json"), widths, batch_size, seed]
-    mark = "" if checkpoint is None else fingerprint(denoiser, trajectory, facts)
+    mark = "" if checkpoint is None else checkpoints.fingerprint(denoiser, trajectory, facts)
     if checkpoint is not None:
         walk.resume(checkpoint, mark)
     progress = Progress("calibrate", calls)
@@ -189,22 +185,13 @@ class Walk:
         if self.axes.time_axis is TimeAxis.SHARED:
             for name, estimator in self.estimators.items():
                 tensors |= {f"estimator/{name}/{part}": value for part, value in estimator.state().items()}
-        plain = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        with writing(path) as temporary:
-            save_file(plain, temporary, metadata={"halftone": json.dumps({"fingerprint": mark})})
+        checkpoints.save(path, tensors, mark)
 
     def resume(self, path: Path, mark: str) -> None:
-        try:
-            with safe_open(path, framework="pt") as stored:
-                found = json.loads((stored.metadata() or {}).get("halftone", "{}")).get("fingerprint")
-                keys = list(stored.keys()) if found == mark else []
-                tensors = {key: stored.get_tensor(key) for key in keys}
-        except FileNotFoundError:
-            return
-        except (SafetensorError, OSError, json.JSONDecodeError):
-            found, tensors = None, {}
-        if found != mark:
-            print(f"{path}: of another run, so calibration starts over", file=sys.stderr)
+        tensors = checkpoints.load(path, mark)
+        if tensors is None:
+            if path.exists():
+                print(f"{path}: of another run, so calibration starts over", file=sys.stderr)
             return
         states: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():

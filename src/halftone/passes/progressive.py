@@ -11,22 +11,19 @@ too (our choices: the published code draws anew for every call and leaves the la
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from halftone.calls import CallContext
 from halftone.errors import UserError
-from halftone.files import explain_disk_faults, writing
+from halftone.files import explain_disk_faults
 from halftone.layers import Mode, SiteQuantizer, set_mode
+from halftone.passes import checkpoint as checkpoints
 from halftone.passes.calibrate import Walk
-from halftone.passes.fingerprint import fingerprint
 from halftone.passes.lockstep import Lockstep
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
 from halftone.progress import Progress
@@ -58,7 +55,7 @@ def calibrate_progressively(
     set_parameters(quantizers, reference)
     widths = {name: quantizer.bits for name, quantizer in quantizers.items()}
     facts = axes.model_dump(mode="json"), widths, [(ids.start, ids.stop) for ids, _ in runs]
-    mark = fingerprint(denoiser, trajectory, facts)
+    mark = checkpoints.fingerprint(denoiser, trajectory, facts)
     with explain_disk_faults(checkpoint):
         checkpoint.mkdir(parents=True, exist_ok=True)
     walk, calls = Walk(quantizers, axes), trajectory.n_calls
@@ -113,21 +110,14 @@ def _keep(path: Path, mark: str, walk: Walk, outputs: Sequence[Tensor]) -> None:
     tensors = {f"output/{place}": output for place, output in enumerate(outputs)}
     for site, values in walk.last().items():
         tensors |= {f"site/{site}/{name}": value for name, value in values._asdict().items()}
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    with writing(path) as temporary:
-        save_file(plain, temporary, metadata={"halftone": json.dumps({"fingerprint": mark})})
+    checkpoints.save(path, tensors, mark)
 
 
 def _kept(path: Path, mark: str, walk: Walk, batches: int) -> list[Tensor] | None:
     """Outputs of a finished call, its parameters taken into `walk`; None if there is none, or of another
     run."""
-    try:
-        with safe_open(path, framework="pt") as stored:
-            found = json.loads((stored.metadata() or {}).get("halftone", "{}")).get("fingerprint")
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()} if found == mark else {}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError, OSError, json.JSONDecodeError):
-        return None
-    if not tensors:
+    tensors = checkpoints.load(path, mark)
+    if tensors is None:
         return None
     sites: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():

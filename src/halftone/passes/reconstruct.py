@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import shutil
 import tempfile
@@ -28,7 +27,7 @@ from halftone.errors import UserError
 from halftone.files import explain_disk_faults
 from halftone.layers import WeightCodes, fit_weight, nearest_codes, store_codes
 from halftone.passes import temporal
-from halftone.passes.fingerprint import fingerprint
+from halftone.passes.checkpoint import fingerprint, seed_of
 from halftone.passes.reconstructed import Reconstructed, UnitReport, load
 from halftone.passes.samples import choose_samples
 from halftone.passes.schedule import SCHEDULES
@@ -73,8 +72,18 @@ def reconstruct(
     random numbers of its own. The caller removes the folder. Raises UserError where a value is not finite,
     the denoiser cannot be taken apart, or the disk is full.
     """
-    work = _Work(denoiser, trajectory, axes, bits, settings, seed, checkpoint, tuple(modules))
-    work.splits, work.shared = dict(splits or {}), shared
+    work = _Work(
+        denoiser,
+        trajectory,
+        axes,
+        bits,
+        settings,
+        seed,
+        checkpoint,
+        tuple(modules),
+        dict(splits or {}),
+        shared,
+    )
     with _inference(denoiser), _deterministic():
         return work.run()
 
@@ -83,6 +92,7 @@ def reconstruct(
 class _Unit:
     signature: Signature
     params: dict[str, AffineParams]  # by module name
+    data: UnitData | None = None  # of the temporal block, which needs no capture
 
 
 class _Work:
@@ -98,13 +108,14 @@ class _Work:
         seed: int,
         checkpoint: Path,
         modules: tuple[str, ...],
+        splits: dict[str, int],
+        shared: Path | None,
     ) -> None:
         self.denoiser, self.trajectory, self.axes, self.bits = denoiser, trajectory, axes, bits
         self.settings, self.seed, self.checkpoint, self.modules = settings, seed, checkpoint, modules
         self.schedule = SCHEDULES[settings.budget]
         self.weights = Weights(denoiser, modules)
-        self.splits: dict[str, int] = {}
-        self.shared: Path | None = None
+        self.splits, self.shared = splits, shared
         self.home = checkpoint  # of finished units
         apart = axes.temporal_block is TemporalBlock.APART
         self.temporal = temporal.TemporalBlock(denoiser) if apart else None
@@ -120,12 +131,13 @@ class _Work:
             self.home.mkdir(parents=True, exist_ok=True)
         for stale in self.checkpoint.glob("cache-*"):
             shutil.rmtree(stale, ignore_errors=True)
-        left = [u for place, u in enumerate(units) if self._finished(place, u, fingerprint) is None]
+        done = [self._finished(place, unit, fingerprint) for place, unit in enumerate(units)]
+        left = [unit for unit, found in zip(units, done, strict=True) if found is None]
         progress = _UnitProgress([self._cost(unit) for unit in left], self.schedule.iterations, len(units))
         codes: dict[str, WeightCodes] = {}
         reports: list[UnitReport] = []
         for place, unit in enumerate(units):
-            found = self._finished(place, unit, fingerprint)  # another row may have come to it first
+            found = done[place] or self._finished(place, unit, fingerprint)  # another row may have come first
             if found is None:
                 progress.start(place, unit.signature.unit)
                 found = self._learn(unit, progress.advance)
@@ -159,7 +171,7 @@ class _Work:
         units = [_Unit(one, {name: params[name] for name in members[one.unit]}) for one in signatures]
         if self.temporal is not None and apart:
             data = self.temporal.data(self.denoiser, self.trajectory)
-            units.insert(0, _Unit(data.signature, {name: params[name] for name in apart}))
+            units.insert(0, _Unit(data.signature, {name: params[name] for name in apart}, data))
         running = {name for unit in units for name in unit.params}
         return units, {name: one for name, one in params.items() if name not in running}
 
@@ -169,10 +181,9 @@ class _Work:
 
     def _learn(self, unit: _Unit, advance: Callable[[], None]) -> Reconstructed:
         name = unit.signature.unit
-        if self.temporal is not None and name == temporal.NAME:
+        if self.temporal is not None and unit.data is not None:
             names = self.temporal.weight_names(unit.params)
-            data = self.temporal.data(self.denoiser, self.trajectory)
-            return self._round(unit, self.temporal, names, data, advance)
+            return self._round(unit, self.temporal, names, unit.data, advance)
         names = {_weight_name(self.denoiser, name, layer): layer for layer in unit.params}
         # what is learned apart stays as it was learned
         inside = {k: v for k, v in self.weights.rounded.items() if k.startswith(f"{name}.")}
@@ -206,7 +217,7 @@ class _Work:
             data,
             self.schedule,
             self.settings.batch_size,
-            _seed_of(self.seed, name),
+            seed_of("reconstruct", self.seed, name),
             advance,
         )
         report = UnitReport(
@@ -299,10 +310,6 @@ def _weight_name(denoiser: nn.Module, unit: str, layer: str) -> str:
 
 def _on_cpu(weight: WeightCodes) -> WeightCodes:
     return WeightCodes(*(tensor.detach().cpu() for tensor in weight))
-
-
-def _seed_of(seed: int, unit: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"reconstruct {seed} {unit}".encode()).digest()[:6], "little")
 
 
 @contextlib.contextmanager

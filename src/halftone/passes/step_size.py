@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from halftone.calls import CallContext
 from halftone.denoiser import blocks
-from halftone.files import explain_disk_faults, writing
+from halftone.files import explain_disk_faults
 from halftone.layers import Mode, SiteQuantizer, WeightCodes, set_mode
-from halftone.passes.fingerprint import fingerprint
+from halftone.passes import checkpoint as checkpoints
 from halftone.passes.samples import choose_samples
 from halftone.passes.schedule import SCHEDULES, STEP_SIZES
 from halftone.passes.state import ActivationParameters
@@ -60,7 +57,7 @@ def learn_step_sizes(
     """
     work = _Work(denoiser, quantizers, trajectory, codes, axes, settings, weight_bits, seed)
     facts = [axes.model_dump(mode="json"), settings.model_dump(mode="json"), seed, weight_bits]
-    digest = hashlib.sha256(fingerprint(denoiser, trajectory, facts).encode())
+    digest = hashlib.sha256(checkpoints.fingerprint(denoiser, trajectory, facts).encode())
     for name, parameters in fitted.items():
         digest.update(f"{name} {quantizers[name].bits} {parameters.scale.tolist()}".encode())
     for name, weight in codes.items():
@@ -120,7 +117,7 @@ class _Work:
         progress = Progress("step sizes", len(units))
         for place, signature in enumerate(units):
             found, path = inside[signature.unit], checkpoint / f"unit-{place:04d}.safetensors"
-            scales = _kept(path, mark)
+            scales = checkpoints.load(path, mark)
             if scales is None:
                 with tempfile.TemporaryDirectory(prefix="cache-", dir=checkpoint) as folder:
                     data = capture(
@@ -135,9 +132,7 @@ class _Work:
                     )
                     with self.quantized():
                         scales = self._learn(signature.unit, found, data)
-                with writing(path) as temporary:
-                    metadata = {"halftone": json.dumps({"fingerprint": mark})}
-                    save_file({k: v.contiguous() for k, v in scales.items()}, temporary, metadata=metadata)
+                checkpoints.save(path, scales, mark)
             for name, scale in scales.items():
                 quantizer = self.quantizers[name]
                 quantizer.set_parameters(scale.to(quantizer.scale.device), quantizer.zero_point)
@@ -160,7 +155,7 @@ class _Work:
         for name, log in logs.items():
             self.quantizers[name].soft_params = _soft(self.quantizers[name], log)
         optimizer = torch.optim.Adam(list(logs.values()), lr=schedule.learning_rate)
-        generator = torch.Generator().manual_seed(_seed_of(self.seed, unit))
+        generator = torch.Generator().manual_seed(checkpoints.seed_of("step size", self.seed, unit))
         size = min(self.settings.batch_size, SCHEDULES[self.settings.budget].batch_limit, data.count)
         for iteration in range(schedule.iterations):
             decay = 0.5 * (1 + math.cos(math.pi * iteration / schedule.iterations))
@@ -218,17 +213,3 @@ def _distance(outputs: Sequence[Tensor], targets: Sequence[Tensor], norm: float)
         error = (output.float() - target).abs().pow(norm)
         total = total + (error.sum(1).mean() if error.ndim > 1 else error.mean())
     return total
-
-
-def _kept(path: Path, mark: str) -> dict[str, Tensor] | None:
-    """What an earlier run kept of a unit; None if nothing, if damaged, or of another run."""
-    try:
-        with safe_open(path, framework="pt") as stored:
-            found = json.loads((stored.metadata() or {}).get("halftone", "{}")).get("fingerprint")
-            return {name: stored.get_tensor(name) for name in stored.keys()} if found == mark else None  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError, OSError, json.JSONDecodeError):
-        return None
-
-
-def _seed_of(seed: int, unit: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"step size {seed} {unit}".encode()).digest()[:6], "little")
