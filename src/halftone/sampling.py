@@ -156,7 +156,10 @@ def sample(
             seed=seed,
         )
         where = f"prompts {wanted[0] + 1} to {wanted[-1] + 1}, seed {seed}"
-        with torch.inference_mode(), _finite(pipeline, where), _steps(pipeline) as seen:
+        watched: contextlib.AbstractContextManager[list[Latents]] = contextlib.nullcontext([])
+        if latents is not None:
+            watched = _steps(pipeline)
+        with torch.inference_mode(), _finite(pipeline, where), watched as seen:
             images = np.asarray(pipeline(**arguments, output_type="np").images)
         if latents is not None:
             latents += list(np.stack(seen, axis=1)[: len(wanted)])

@@ -63,7 +63,9 @@ def calibrate(
     with restored(denoiser):
         dynamic = choice.axes.time_axis is TimeAxis.DYNAMIC
         quantizers = wrap(denoiser, found, choice.bits, slots, context, dynamic)
-        set_weights(denoiser, weights, choice.bits.weight, keep_full_precision=True)
+        # both in memory only where the full-precision outputs are needed once more
+        learned = choice.axes.step_size is StepSize.LEARNED
+        set_weights(denoiser, weights, choice.bits.weight, keep_full_precision=learned)
         activations = observe(
             denoiser,
             quantizers,
@@ -87,7 +89,7 @@ def calibrate(
                     _runs(source, trajectory, known, batch_size),
                     checkpoint=(work or Path(spare)) / "progressive",
                 )
-        if choice.axes.step_size is StepSize.LEARNED:
+        if learned:
             for layer in quantized_layers(denoiser).values():
                 layer.use_full_precision(True)
             with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
