@@ -2,6 +2,7 @@ rule export:
     input:
         calibration=CALIBRATE,
         plan=PLAN,
+        data=data_of,  # some of its calls are run again, for the parity certificate
         model=model_files,
     output:
         MANIFEST,  # written last, with the hash of every other file of the folder
@@ -15,7 +16,7 @@ rule export:
         folder=ARTEFACT,
     shell:
         "{HALFTONE} export {params.options} --calibration {input.calibration} --plan {input.plan}"
-        " -o {params.folder} &> {log}"
+        " --data {input.data} -o {params.folder} &> {log}"
 
 
 # Both seed sets of one shard. A scenario's images depend neither on the number of shards nor on their order.
