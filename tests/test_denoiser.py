@@ -20,6 +20,7 @@ from halftone.denoiser import (
     sites,
 )
 from halftone.errors import UserError
+from halftone.recipes import Shortcut
 from halftone.settings import Protocol
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -147,6 +148,57 @@ def test_unconditional_and_transformer_denoisers(tiny_unconditional: UNet2DModel
     joint = [site for site in sites(flux) if site.kind is SiteKind.PROBABILITIES]
     assert len(joint) == 2
     assert all("FluxAttnProcessor" in (site.float_reason or "") for site in joint)
+
+
+@pytest.mark.parametrize("by_resnets", [False, True])
+def test_shortcuts_of_an_unconditional_unet_split_where_it_concatenates(
+    by_resnets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resnet = "resnet" if by_resnets else "conv"
+    denoiser = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 24),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        down_block_types=("AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D"),
+        downsample_type=resnet,
+        upsample_type=resnet,
+    )
+    joined: list[int] = []
+    original = torch.cat
+
+    def cat(parts: Any, dim: int = 0) -> torch.Tensor:
+        if dim == 1 and parts[0].ndim == 4:
+            joined.append(parts[0].shape[1])
+        return original(parts, dim)
+
+    monkeypatch.setattr(torch, "cat", cat)
+    with torch.no_grad():
+        denoiser(torch.zeros(1, 3, 8, 8), 1)
+    assert list(concat_shortcuts(denoiser).values()) == joined == [24, 24, 24, 16, 16, 8]
+
+
+def test_shortcuts_that_cannot_be_told_are_refused() -> None:
+    kinds = {"down_block_types": ("KDownBlock2D",) * 2, "up_block_types": ("KUpBlock2D",) * 2}
+    with torch.device("meta"):
+        denoiser = UNet2DModel(block_out_channels=(64, 64), attention_head_dim=8, **kinds)
+    with pytest.raises(UserError, match="axis shortcut to whole"):
+        sites(denoiser, shortcut=Shortcut.SPLIT)
+
+
+def test_attention_that_stands_alone_is_one_unit(tiny_unconditional: UNet2DModel) -> None:
+    alone = [block for block in blocks(tiny_unconditional) if block.kind is BlockKind.ATTENTION]
+    assert [block.name for block in alone] == [
+        "down_blocks.1.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.0.attentions.0",
+        "up_blocks.0.attentions.1",
+    ]
+    assert [name.rpartition("attentions.0.")[2] for name in alone[0].layers] == [
+        *("to_q", "to_k", "to_v", "to_out.0")
+    ]
 
 
 def test_a_pipeline_without_a_denoiser_is_refused() -> None:

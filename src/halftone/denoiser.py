@@ -76,6 +76,7 @@ class Site:
 class BlockKind(StrEnum):
     RESNET = "resnet"
     TRANSFORMER = "transformer"
+    ATTENTION = "attention"
     LAYER = "layer"
 
 
@@ -226,7 +227,8 @@ def _attention_reason(attention: nn.Module, authors: _AuthorsSites) -> str | Non
 
 
 def blocks(denoiser: nn.Module, *, boundary: bool = False) -> list[Block]:
-    """Units of reconstruction in forward order: residual blocks, transformer blocks, remaining single layers.
+    """Units of reconstruction in forward order: residual blocks, transformer blocks, attention that stands
+    alone (in unconditional U-Nets), remaining single layers.
 
     Every Linear and Conv2d belongs to exactly one; the first and last layer only with `boundary`. (BRECQ; the
     units of PCR, DGQ and Q-Diffusion.)
@@ -248,6 +250,8 @@ def _block_kind(module: nn.Module) -> BlockKind | None:
     kind = type(module).__name__
     if kind == "ResnetBlock2D":
         return BlockKind.RESNET
+    if isinstance(module, Attention):
+        return BlockKind.ATTENTION
     # BasicTransformerBlock, JointTransformerBlock, FluxSingleTransformerBlock, ...
     return BlockKind.TRANSFORMER if kind.endswith("TransformerBlock") else None
 
@@ -255,10 +259,17 @@ def _block_kind(module: nn.Module) -> BlockKind | None:
 def concat_shortcuts(denoiser: nn.Module) -> dict[str, int]:
     """Shortcut convolutions of a U-Net whose input is `cat([hidden, skip])` -> channels of `hidden`.
 
-    The split of Q-Diffusion ("shortcut split") falls there. Empty for a transformer.
+    The split of Q-Diffusion ("shortcut split") falls there. Empty for a transformer. Raises UserError for a
+    U-Net of other blocks than diffusers' ResnetBlock2D, whose skips cannot be told.
     """
     if not hasattr(denoiser, "up_blocks"):
         return {}
+    unknown = UserError(
+        f"{type(denoiser).__name__}: cannot tell which shortcuts read a concatenation, its blocks are of "
+        "another kind; set the axis shortcut to whole"
+    )
+    if not hasattr(denoiser, "conv_in"):
+        raise unknown
 
     def out_channels(module: nn.Module) -> int:
         layer: Any = getattr(module, "layer", module)
@@ -271,10 +282,15 @@ def concat_shortcuts(denoiser: nn.Module) -> dict[str, int]:
         if type(module).__name__ == "ResnetBlock2D":
             if down:
                 skips.append(out_channels(module))
-            elif up:
+            elif up and ".resnets." in name:  # not one that scales up, which reads no skip
+                if not skips:
+                    raise unknown
                 hidden = int(module.in_channels) - skips.pop()
                 if getattr(module, "conv_shortcut", None) is not None:
                     found[f"{name}.conv_shortcut"] = hidden
-        elif down and type(module).__name__ == "Downsample2D":
+        elif down and type(module).__name__ == "Downsample2D" and not name.endswith(".downsample"):
+            # a residual block that scales down holds one of that name, and is counted itself
             skips.append(out_channels(module))
+    if skips:
+        raise unknown
     return found
