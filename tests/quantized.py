@@ -81,10 +81,12 @@ def calibrated(
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     slots = calls if axes.time_axis is TimeAxis.PER_CALL else 1
     dynamic = axes.time_axis is TimeAxis.DYNAMIC
-    quantizers = wrap(denoiser, found, width, slots, context, dynamic)
+    quantizers = wrap(denoiser, found, width, slots, context, dynamic, plan.relaxation)
     set_weights(denoiser, weights, width.weight)
     activations = calibrate(denoiser, quantizers, context, trajectory, axes, batch_size=2)
-    result = CalibrationState(dict(weights), activations, trajectory.timesteps, trajectory.noise_levels)
+    result = CalibrationState(
+        dict(weights), activations, trajectory.timesteps, trajectory.noise_levels, plan.relaxed_calls
+    )
     result.save(state, known.model_copy(update={**chosen, "bits": bits}))
     return Calibrated(state, plan, pipeline, quantizers, context)
 

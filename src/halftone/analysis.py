@@ -21,6 +21,7 @@ from halftone.passes.state import CalibrationState, SiteParameters
 from halftone.plan import Plan, make_plan
 from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes
+from halftone.relaxing import relaxed_calls
 from halftone.report.plots import SiteRange, ranges_svg
 from halftone.settings import Protocol
 from halftone.skeleton import Skeleton, read_skeleton
@@ -45,6 +46,7 @@ def analyze(calibration: Path | str, output: Path | str, *, name: str = "") -> P
         bits=Bits.parse(_known(calibration, "bits", known.bits)),
         protocol=_known(calibration, "protocol", known.protocol),
         calls=len(found.timesteps),
+        relaxed=found.relaxed_calls,
     )
     _check_fit(calibration, found, plan, known.model_path)
     output = Path(output)
@@ -55,9 +57,22 @@ def analyze(calibration: Path | str, output: Path | str, *, name: str = "") -> P
 
 
 def resolve(
-    skeleton: Skeleton, *, recipe: str, axes: Axes, bits: Bits, protocol: Protocol, calls: int
+    skeleton: Skeleton,
+    *,
+    recipe: str,
+    axes: Axes,
+    bits: Bits,
+    protocol: Protocol,
+    calls: int,
+    relaxed: tuple[int, ...] | None = None,
 ) -> Plan:
-    """The plan of a recipe for a model (`halftone plan` and `analyze` both end here)."""
+    """The plan of a recipe for a model (`halftone plan` and `analyze` both end here).
+
+    relaxed: the relaxed calls; by default those that the axes name, none for `auto`. Raises UserError where
+    the axes name calls that there are not.
+    """
+    if relaxed is None:
+        relaxed = relaxed_calls(axes.relaxing, calls)
     macs = count(skeleton.denoiser, latent_size=skeleton.latent_size, text_tokens=skeleton.text_tokens)
     found = sites(skeleton.denoiser, protocol, recipe, axes.shortcut)
     return make_plan(
@@ -68,6 +83,7 @@ def resolve(
         recipe=recipe,
         protocol=protocol,
         calls=calls,
+        relaxed=relaxed,
         macs=macs,
         float_bits=skeleton.float_bits,
     )
@@ -109,6 +125,7 @@ def statistics(found: CalibrationState, plan: Plan) -> dict[str, Any]:
     drifts = [entry["drift"] for entry in activations if entry["drift"] is not None]
     return {
         "calls": plan.calls,
+        "relaxed_calls": list(plan.relaxed_calls),
         "noise_levels": [_round(x) if math.isfinite(x) else None for x in found.noise_levels.tolist()],
         "timesteps": [_round(x) for x in found.timesteps.tolist()],
         "median_drift": _round(float(np.median(drifts))) if drifts else None,

@@ -32,6 +32,7 @@ from halftone.quantizers.granularity import Granularity, PerChannel, reduce_minm
 from halftone.quantizers.halves import expand, labels
 from halftone.quantizers.ranges import PER_TENSOR, lp_range
 from halftone.recipes import Range
+from halftone.relaxing import Relaxation
 
 
 class Mode(StrEnum):
@@ -52,11 +53,12 @@ class Observer(Protocol):
 class SiteQuantizer(nn.Module):
     """The quantizer of one activation site, with parameters per call or shared over the calls.
 
-    `scale` and `zero_point` are float32 of shape (n_calls, ...) or (1, ...): entry `context.slot` (or 0)
-    broadcasts against the tensor. They are NaN until set, and stay float32 when the model is cast. A
-    `dynamic` quantizer has none: it takes those of every row (index of the first axis: a sample, or a head
-    of one) from the row itself, so a row depends on no other. `soft_params`, when set, is called at every
-    forward for the parameters to use instead, with gradients (step-size learning).
+    `widths`: bits of every slot; all are `bits` unless calls are relaxed. `scale` and `zero_point` are
+    float32 of shape (n_calls, ...) or (1, ...): entry `context.slot` (or 0) broadcasts against the tensor.
+    They are NaN until set, and stay float32 when the model is cast. A `dynamic` quantizer has none: it takes
+    those of every row (index of the first axis: a sample, or a head of one) from the row itself, so a row
+    depends on no other. `soft_params`, when set, is called at every forward for the parameters to use
+    instead, with gradients (step-size learning).
     """
 
     scale: Tensor
@@ -70,9 +72,11 @@ class SiteQuantizer(nn.Module):
         context: CallContext,
         granularity: Granularity = PER_TENSOR,
         dynamic: bool = False,
+        relaxation: Relaxation | None = None,
     ) -> None:
         super().__init__()
         self.site, self.bits, self.context = site, bits, context
+        self.widths = [bits] * n_calls if relaxation is None else relaxation.widths(bits, n_calls)
         self.granularity, self.dynamic = granularity, dynamic
         self.non_negative = site.kind is SiteKind.PROBABILITIES
         self.mode = Mode.OFF
@@ -116,7 +120,11 @@ class SiteQuantizer(nn.Module):
         """Parameters in use, or those of a slot."""
         slot = self.context.slot if slot is None else slot
         slot = slot if self.n_calls > 1 else 0
-        return AffineParams(self.scale[slot], self.zero_point[slot], self.bits)
+        return AffineParams(self.scale[slot], self.zero_point[slot], self.widths[slot])
+
+    def width(self, call: int) -> int:
+        """Bits at a call."""
+        return self.widths[call if self.n_calls > 1 else 0]
 
     def forward(self, x: Tensor) -> Tensor:
         """x, of its own shape and dtype. Raises RuntimeError when quantizing without parameters."""
@@ -164,11 +172,9 @@ class SiteQuantizer(nn.Module):
         if self.scale.ndim > 1:
             self._fast = [None] * self.n_calls
             return
-        ends = AffineParams(self.scale, self.zero_point, self.bits)
+        slots = (self.params(slot) for slot in range(self.n_calls))
         offsets = self.zero_point.tolist()
-        self._fast = [
-            (s, ends.low - z, ends.high - z) for s, z in zip(self.scale.unbind(), offsets, strict=True)
-        ]
+        self._fast = [(p.scale, p.low - z, p.high - z) for p, z in zip(slots, offsets, strict=True)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteQuantizer:
         kept = dict(self._buffers)
@@ -297,12 +303,14 @@ def wrap(
     n_calls: int,
     context: CallContext,
     dynamic: bool = False,
+    relaxation: Relaxation | None = None,
 ) -> dict[str, SiteQuantizer]:
     """Put quantizers at the quantized sites of a denoiser, in place, all of them off; returns them by site
     name.
 
     n_calls: parameter slots of every activation site, 1 where parameters are shared over the calls;
-    dynamic: there are no parameters, every tensor brings its own. Off everywhere, the denoiser computes
+    dynamic: there are no parameters, every tensor brings its own. relaxation: calls with other widths, of
+    slots that are calls. Off everywhere, the denoiser computes
     bit for bit what it did with diffusers' materialising `AttnProcessor`.
     Raises ValueError for a denoiser that is wrapped already.
     """
@@ -315,9 +323,8 @@ def wrap(
     def make(site: Site) -> SiteQuantizer:
         width = bits.softmax if site.kind is SiteKind.PROBABILITIES else bits.activation
         shared = PER_TENSOR if site.split is None else labels(site.split, _channels(denoiser, site.module))
-        quantizers[site.name] = SiteQuantizer(site, width, n_calls, context, shared, dynamic).to(
-            _device(denoiser)
-        )
+        made = SiteQuantizer(site, width, n_calls, context, shared, dynamic, relaxation)
+        quantizers[site.name] = made.to(_device(denoiser))
         return quantizers[site.name]
 
     for name, its_sites in chosen.items():

@@ -8,17 +8,18 @@ here, from the sites of the denoiser, the axes and the bits.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from halftone.errors import UserError
 from halftone.files import read_json, write_json
 from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes, Range, TimeAxis
+from halftone.relaxing import Interval, Relaxation, relaxed_calls
 from halftone.settings import Protocol
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ class Sizes(_Part):
 
 
 class BitOperations(_Part):
-    """2 x multiply-accumulates x bits of either operand (DGQ), for one call on one latent."""
+    """2 x multiply-accumulates x bits of either operand (DGQ), for one call on one latent; where calls are
+    relaxed, the mean over the calls, rounded."""
 
     quantized: int
     original: int
@@ -133,6 +135,9 @@ class Plan(_Part):
     bits: str
     protocol: Protocol
     axes: Axes
+    relaxed_calls: tuple[int, ...] = Field(
+        default=(), description="calls whose activations have axes.relaxed_bits, rising"
+    )
     denoiser: str = Field(description="class of the denoiser")
     calls: int = Field(ge=1, description="denoiser calls of one sampling run")
     sites: tuple[SitePlan, ...]
@@ -140,6 +145,27 @@ class Plan(_Part):
     bit_operations: BitOperations | None = Field(
         default=None, description="None where the denoiser's inputs are unknown"
     )
+
+    @model_validator(mode="after")
+    def _relaxes_what_the_axes_say(self) -> Plan:
+        if self.axes.relaxing == Interval.AUTO:
+            rising = list(self.relaxed_calls) == sorted(set(self.relaxed_calls))
+            sound = rising and all(0 <= call < self.calls for call in self.relaxed_calls)
+        else:
+            sound = self.relaxed_calls == relaxed_calls(self.axes.relaxing, self.calls)
+        if not sound:
+            raise ValueError("relaxed_calls are not those that the axes ask for")
+        return self
+
+    @property
+    def relaxation(self) -> Relaxation | None:
+        """Calls with more bits; None where there are none."""
+        return Relaxation(self.relaxed_calls, self.axes.relaxed_bits) if self.relaxed_calls else None
+
+    @property
+    def slots(self) -> int:
+        """Entries that an activation site holds for each of its parameters."""
+        return parameter_slots(self.axes, self.calls, self.relaxation)
 
     @property
     def quantized(self) -> tuple[SitePlan, ...]:
@@ -151,8 +177,12 @@ class Plan(_Part):
 
     @property
     def average_activation_bits(self) -> float | None:
-        """Mean width of the quantized activation sites, each counted once per call."""
-        widths = [site.bits for site in self.quantized if site.elements is None and site.bits is not None]
+        """Mean width of the quantized activation sites over the calls, each counted once per call."""
+        widths = [
+            _average(site.bits, self.calls, self.relaxation)
+            for site in self.quantized
+            if site.elements is None and site.bits is not None
+        ]
         return sum(widths) / len(widths) if widths else None
 
     @property
@@ -227,28 +257,45 @@ def make_plan(
     recipe: str,
     protocol: Protocol,
     calls: int,
+    relaxed: tuple[int, ...] = (),
     macs: Macs | None = None,
     float_bits: int = FLOAT_BITS,
     execution: Execution = Execution.SIMULATED,
 ) -> Plan:
     """Resolve `axes` and `bits` for the sites of a denoiser, which may lie on the meta device.
 
-    macs: from `halftone.macs.count`, or None where they cannot be told; the plan then has no bit operations.
-    float_bits: width of the floats in the model's file.
+    relaxed: the relaxed calls. macs: from `halftone.macs.count`, or None where they cannot be told; the plan
+    then has no bit operations. float_bits: width of the floats in the model's file.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
-    resolved = tuple(_resolve(site, shapes, axes, bits, calls, macs, execution) for site in sites)
+    relaxation = Relaxation(relaxed, axes.relaxed_bits) if relaxed else None
+    slots = parameter_slots(axes, calls, relaxation)
+    resolved = tuple(_resolve(site, shapes, axes, bits, slots, macs, execution) for site in sites)
+    total = sum(parameter.numel() for parameter in denoiser.parameters())
     return Plan(
         recipe=recipe,
         bits=str(bits),
         protocol=protocol,
         axes=axes,
+        relaxed_calls=relaxed,
         denoiser=type(denoiser).__name__,
         calls=calls,
         sites=resolved,
-        sizes=_sizes(resolved, sum(parameter.numel() for parameter in denoiser.parameters()), float_bits),
-        bit_operations=None if macs is None else _bit_operations(resolved, macs),
+        sizes=_sizes(resolved, total, float_bits, relaxation),
+        bit_operations=None if macs is None else _bit_operations(resolved, macs, calls, relaxation),
     )
+
+
+def parameter_slots(axes: Axes, calls: int, relaxation: Relaxation | None) -> int:
+    """Entries that an activation site holds for each of its parameters. Shared ones that are relaxed at some
+    calls differ there, so they are kept per call."""
+    if axes.time_axis is TimeAxis.DYNAMIC:
+        return 0
+    return calls if axes.time_axis is TimeAxis.PER_CALL or relaxation is not None else 1
+
+
+def _average(bits: int, calls: int, relaxation: Relaxation | None) -> float:
+    return bits if relaxation is None else relaxation.average(bits, calls)
 
 
 def _resolve(
@@ -256,7 +303,7 @@ def _resolve(
     shapes: dict[str, tuple[int, ...]],
     axes: Axes,
     bits: Bits,
-    calls: int,
+    slots: int,
     macs: Macs | None,
     execution: Execution,
 ) -> SitePlan:
@@ -304,8 +351,7 @@ def _resolve(
         range=axes.activation_range,
         split=site.split,
         time_axis=axes.time_axis,
-        parameters=halves
-        * {TimeAxis.PER_CALL: calls, TimeAxis.SHARED: 1, TimeAxis.DYNAMIC: 0}[axes.time_axis],
+        parameters=halves * slots,
     )
 
 
@@ -315,14 +361,18 @@ def _granularity(site: Site, axes: Axes) -> Granularity:
     return Granularity.TENSOR if site.split is None else Granularity.HALF
 
 
-def _sizes(sites: Sequence[SitePlan], total: int, float_bits: int) -> Sizes:
+def _sizes(sites: Sequence[SitePlan], total: int, float_bits: int, relaxation: Relaxation | None) -> Sizes:
+    def code_bytes(site: SitePlan) -> int:
+        most = 0 if relaxation is None or site.elements is not None else relaxation.bits
+        return _code_bytes(max(site.bits or 0, most))
+
     weights = [site for site in sites if site.elements is not None and site.bits is not None]
     quantized = sum(site.elements or 0 for site in weights)
     return Sizes(
         float_bits=float_bits,
         original=total * float_bits // 8,
         packed=sum(_packed(site.elements or 0, site.bits or 0) for site in weights),
-        parameters=sum(site.parameters * (_SCALE_BYTES + _code_bytes(site.bits or 0)) for site in sites),
+        parameters=sum(site.parameters * (_SCALE_BYTES + code_bytes(site)) for site in sites),
         left_float=(total - quantized) * float_bits // 8,
     )
 
@@ -337,8 +387,25 @@ def _packed(elements: int, bits: int) -> int:
     return -(-elements * bits // 8) if bits <= 8 else 2 * elements
 
 
-def _bit_operations(sites: Sequence[SitePlan], macs: Macs) -> BitOperations:
-    width = {(site.module, site.kind): site.bits or FLOAT_BITS for site in sites}
+def _bit_operations(
+    sites: Sequence[SitePlan], macs: Macs, calls: int, relaxation: Relaxation | None
+) -> BitOperations:
+    plain = {(site.module, site.kind): site.bits or FLOAT_BITS for site in sites}
+    mean = _products(plain, macs)
+    if relaxation is not None:
+        relaxed = {
+            (site.module, site.kind): relaxation.width(site.bits, relaxation.calls[0])
+            for site in sites
+            if site.bits is not None and site.elements is None
+        }
+        more = len(relaxation.calls)
+        total = (calls - more) * mean + more * _products({**plain, **relaxed}, macs)
+        mean = round(total / calls)
+    return BitOperations(quantized=mean, original=2 * macs.total * FLOAT_BITS**2)
+
+
+def _products(width: Mapping[tuple[str, str], int], macs: Macs) -> int:
+    """Bit operations of a call, from the width of every quantized operand by module and kind."""
 
     def bits(module: str, kind: str) -> int:
         return width.get((module, kind), FLOAT_BITS)
@@ -348,4 +415,4 @@ def _bit_operations(sites: Sequence[SitePlan], macs: Macs) -> BitOperations:
         n * (bits(name, "query") * bits(name, "key") + bits(name, "probabilities") * bits(name, "value"))
         for name, n in macs.attention.items()
     )
-    return BitOperations(quantized=2 * (layers + products), original=2 * macs.total * FLOAT_BITS**2)
+    return 2 * (layers + products)

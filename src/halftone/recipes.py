@@ -12,6 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from halftone.quantizers.bits import HIGHEST, LOWEST
+from halftone.relaxing import Interval, Relaxing
+
 FULL_PRECISION = "fp"
 
 
@@ -113,6 +116,12 @@ class Axes(BaseModel):
         TemporalBlock.JOINT, description="timestep layers reconstructed with their blocks or apart"
     )
     step_size: StepSize = Field(StepSize.FITTED, description="scales of activations fitted or learned")
+    relaxing: Relaxing = Field(
+        Interval.NONE,
+        description="calls whose activations get more bits: none, near_x0, near_xT, auto, {share: [s, e]} "
+        "or {calls: [...]}",
+    )
+    relaxed_bits: int = Field(10, ge=LOWEST, le=HIGHEST, description="activation bits of relaxed calls")
 
     @model_validator(mode="after")
     def _consistent(self) -> Axes:
@@ -129,6 +138,8 @@ class Axes(BaseModel):
             raise ValueError(
                 f"calibration_inputs progressive: fits call by call, time_axis is {self.time_axis}"
             )
+        if self.relaxing != Interval.NONE and self.time_axis is TimeAxis.DYNAMIC:
+            raise ValueError("relaxing: needs stored parameters, time_axis is dynamic")
         if self.shortcut is Shortcut.SPLIT and self.time_axis is TimeAxis.DYNAMIC:
             raise ValueError("shortcut split: needs stored parameters, time_axis is dynamic")
         if self.temporal_block is TemporalBlock.APART and self.rounding is Rounding.NEAREST:

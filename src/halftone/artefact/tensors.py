@@ -11,9 +11,9 @@
 | timesteps, noise_levels | float64 | (calls,) |
 
 Scales and zero points of all sites lie in one table each, in the order of the plan: a key costs a hundred
-bytes. An activation site takes one entry per call, one where its parameters are shared over the calls, and
-none where they are dynamic. A split site takes two where another takes one: for each output channel, or each
-call, that of the first half and that of the second.
+bytes. An activation site takes one entry per call, one where its parameters are shared over the calls (one
+per call all the same where calls are relaxed), and none where they are dynamic. A split site takes two where
+another takes one: for each output channel, or each call, that of the first half and that of the second.
 A float tensor takes the smallest type that holds each of its values exactly. Which keys there are and how
 long they are follows from the plan and the denoiser's configuration; reading refuses any other set.
 """
@@ -38,7 +38,6 @@ from halftone.plan import Plan, SitePlan
 from halftone.quantizers import halves
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import pack, packed_size, unpack
-from halftone.recipes import TimeAxis
 
 FILE = "quantized.safetensors"
 _WHOLE = (torch.uint8, torch.int16, torch.int32)
@@ -148,7 +147,7 @@ def expected_tensors(
                 f"plan: {site.name[:200]} has {site.parameters} parameters, not {weight.shape[0]}"
             )
     for site in activation_sites(plan):
-        if site.parameters != _entries(site, plan) * _halves(site):
+        if site.parameters != plan.slots * _halves(site):
             raise UserError(
                 f"plan: {site.name[:200]} has {site.parameters} parameters for {plan.calls} calls"
             )
@@ -215,13 +214,6 @@ def _split(
 
 def _halves(site: SitePlan) -> int:
     return 1 if site.split is None else 2
-
-
-def _entries(site: SitePlan, plan: Plan) -> int:
-    """Parameter slots of an activation site."""
-    return {TimeAxis.PER_CALL: plan.calls, TimeAxis.SHARED: 1, TimeAxis.DYNAMIC: 0}[
-        site.time_axis or TimeAxis.SHARED
-    ]
 
 
 def _compact(values: Sequence[Tensor], site: SitePlan, axis: int) -> list[Tensor]:

@@ -93,6 +93,8 @@ def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Modu
         for problem, names in (("lacks", wanted - found), ("has, against the plan,", found - wanted)):
             if names:
                 raise UserError(f"{path}: {problem} {what} {min(names)}; run halftone analyze again")
+    if state.relaxed_calls != plan.relaxed_calls:
+        raise UserError(f"{path}: relaxes other calls than the plan; run halftone analyze again")
     floats = {
         name: value.detach().cpu()
         for name, value in denoiser.state_dict().items()

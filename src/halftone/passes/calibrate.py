@@ -49,7 +49,7 @@ def calibrate(
     walk = Walk(quantizers, axes)
     calls = trajectory.n_calls
     chosen = calibration_prompts(trajectory, axes.calibration_calls, seed)
-    widths = {name: quantizer.bits for name, quantizer in quantizers.items()}
+    widths = {name: quantizer.widths for name, quantizer in quantizers.items()}
     facts = [axes.model_dump(mode="json"), widths, batch_size, seed]
     mark = "" if checkpoint is None else checkpoints.fingerprint(denoiser, trajectory, facts)
     if checkpoint is not None:
@@ -116,17 +116,17 @@ class Walk:
         self.done = 0
         self.estimating = True
         self.watches: dict[str, _Watch] = {}
-        self.estimators = self._new_estimators()
+        self.estimators = self._new_estimators(0)
 
-    def _new_estimators(self) -> dict[str, Estimator]:
+    def _new_estimators(self, call: int) -> dict[str, Estimator]:
         return {
-            name: make_estimator(self.axes, quantizer.bits, quantizer.granularity)
+            name: make_estimator(self.axes, quantizer.width(call), quantizer.granularity)
             for name, quantizer in self.quantizers.items()
         }
 
     def start_call(self, call: int) -> None:
         if self.axes.time_axis is TimeAxis.PER_CALL:
-            self.estimators = self._new_estimators()
+            self.estimators = self._new_estimators(call)
         self.watches = {name: _Watch(name, self, call) for name in self.quantizers}
         for name, quantizer in self.quantizers.items():
             quantizer.observer = self.watches[name]
@@ -137,7 +137,7 @@ class Walk:
             self.columns[name]["lo"].append(lo.reshape(()).cpu())
             self.columns[name]["hi"].append(hi.reshape(()).cpu())
         if self.axes.time_axis is TimeAxis.PER_CALL:
-            self._fit()
+            self._fit(self.done)
         self.done += 1
 
     def last(self) -> ActivationParameters:
@@ -158,11 +158,12 @@ class Walk:
         """Let the quantizers use, at `call`, what was found at it."""
         for site, values in self.last().items():
             quantizer = self.quantizers[site]
-            quantizer.set_call(call, AffineParams(values.scale, values.zero_point, quantizer.bits))
+            quantizer.set_call(call, AffineParams(values.scale, values.zero_point, quantizer.width(call)))
 
-    def _fit(self) -> None:
+    def _fit(self, call: int) -> None:
         for name, found in self.estimators.items():
-            params = _fit(self.quantizers[name], *found.range())
+            quantizer = self.quantizers[name]
+            params = fit(*found.range(), quantizer.width(call), quantizer.non_negative)
             # what is shared by the whole tensor needs no axes to broadcast over
             shape = () if params.scale.numel() == 1 else params.scale.shape
             self.columns[name]["scale"].append(params.scale.reshape(shape).cpu())
@@ -170,7 +171,7 @@ class Walk:
 
     def parameters(self) -> ActivationParameters:
         if self.axes.time_axis is TimeAxis.SHARED:
-            self._fit()
+            self._fit(0)
         return {
             site: SiteParameters(**{name: _stacked(rows) for name, rows in columns.items()})
             for site, columns in self.columns.items()
@@ -211,10 +212,9 @@ def _stacked(rows: list[Tensor]) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0)
 
 
-def _fit(quantizer: SiteQuantizer, lo: Tensor, hi: Tensor) -> AffineParams:
-    if quantizer.non_negative:
-        return fit_non_negative(hi, quantizer.bits)
-    return fit_affine(lo, hi, quantizer.bits)
+def fit(lo: Tensor, hi: Tensor, bits: int, non_negative: bool) -> AffineParams:
+    """Parameters of a range at a width."""
+    return fit_non_negative(hi, bits) if non_negative else fit_affine(lo, hi, bits)
 
 
 def _place(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -53,7 +53,7 @@ def calibrate_progressively(
     recorded.
     """
     set_parameters(quantizers, reference)
-    widths = {name: quantizer.bits for name, quantizer in quantizers.items()}
+    widths = {name: quantizer.widths for name, quantizer in quantizers.items()}
     facts = axes.model_dump(mode="json"), widths, [(ids.start, ids.stop) for ids, _ in runs]
     mark = checkpoints.fingerprint(denoiser, trajectory, facts)
     with explain_disk_faults(checkpoint):

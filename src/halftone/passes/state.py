@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,12 +37,13 @@ ActivationParameters = dict[str, SiteParameters]
 @dataclass(frozen=True)
 class CalibrationState:
     """Everything that a recipe decided for a denoiser. timesteps, noise_levels: (n_calls,), of the
-    calibrated calls."""
+    calibrated calls. relaxed_calls: indices of those whose activations have the recipe's relaxed width."""
 
     weights: dict[str, WeightCodes]
     activations: ActivationParameters
     timesteps: Tensor
     noise_levels: Tensor
+    relaxed_calls: tuple[int, ...] = ()
 
     def apply(self, denoiser: nn.Module, quantizers: Mapping[str, SiteQuantizer], bits: Bits) -> None:
         """Put weights and parameters into a wrapped denoiser; modes stay as they are."""
@@ -51,8 +53,12 @@ class CalibrationState:
     def save(self, path: Path | str, provenance: Provenance) -> None:
         """One safetensors file: `weight/{module}/codes|scale|zero_point`,
         `activation/{site}/scale|zero_point|lo|hi`,
-        `timesteps`, `noise_levels`. Its bytes depend on the values alone."""
-        tensors = {"timesteps": self.timesteps, "noise_levels": self.noise_levels}
+        `timesteps`, `noise_levels`, `relaxed_calls`. Its bytes depend on the values alone."""
+        tensors = {
+            "timesteps": self.timesteps,
+            "noise_levels": self.noise_levels,
+            "relaxed_calls": torch.tensor(self.relaxed_calls, dtype=torch.int64),
+        }
         for module, weight in self.weights.items():
             tensors |= {f"weight/{module}/{part}": value for part, value in weight._asdict().items()}
         for site, parameters in self.activations.items():
@@ -81,6 +87,7 @@ class CalibrationState:
                 {name: SiteParameters(**values) for name, values in parts["activation"].items()},
                 alone["timesteps"],
                 alone["noise_levels"],
+                tuple(alone["relaxed_calls"].tolist()),
             ), provenance
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run halftone calibrate first") from None

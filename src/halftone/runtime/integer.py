@@ -96,4 +96,5 @@ def _replace(denoiser: nn.Module, name: str, weights: Mapping[str, WeightCodes],
 
 def _zero_points_are_codes(quantizer: SiteQuantizer) -> bool:
     zero_point = quantizer.zero_point
-    return bool((zero_point >= 0).all() and (zero_point < 2**quantizer.bits).all())
+    codes = torch.tensor([2**bits for bits in quantizer.widths]).reshape(-1, *(1,) * (zero_point.ndim - 1))
+    return bool((zero_point >= 0).all() and (zero_point < codes).all())

@@ -46,9 +46,8 @@ def build(
     if dtype != torch.float32:
         with quiet():
             denoiser.to(dtype)
-    slots = plan.calls if plan.axes.time_axis is TimeAxis.PER_CALL else 1
     dynamic = plan.axes.time_axis is TimeAxis.DYNAMIC
-    quantizers = wrap(denoiser, sites, bits, slots, context, dynamic)
+    quantizers = wrap(denoiser, sites, bits, max(plan.slots, 1), context, dynamic, plan.relaxation)
     for name, quantizer in quantizers.items():
         if not dynamic:
             quantizer.set_parameters(*activations[name])

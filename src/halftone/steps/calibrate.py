@@ -18,11 +18,13 @@ from halftone.errors import UserError
 from halftone.layers import WeightCodes, quantized_layers, set_weights, wrap
 from halftone.passes.calibrate import calibrate as observe
 from halftone.passes.progressive import calibrate_progressively
+from halftone.passes.relax import relax_shared
 from halftone.passes.state import CalibrationState
 from halftone.passes.step_size import learn_step_sizes
 from halftone.passes.weights import quantize_weights
 from halftone.provenance import Provenance
 from halftone.recipes import CalibrationInputs, StepSize, TimeAxis
+from halftone.relaxing import Relaxation, relaxed_calls
 from halftone.settings import Reconstruction
 from halftone.source import Source
 from halftone.steps.choice import Choice, check_same_model
@@ -59,10 +61,15 @@ def calibrate(
     if weights is None:
         weights = quantize_weights(denoiser, found, choice.axes, choice.bits.weight)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
-    slots = trajectory.n_calls if choice.axes.time_axis is TimeAxis.PER_CALL else 1
+    per_call = choice.axes.time_axis is TimeAxis.PER_CALL
+    slots = trajectory.n_calls if per_call else 1
+    relaxed = relaxed_calls(choice.axes.relaxing, trajectory.n_calls)
+    relaxation = Relaxation(relaxed, choice.axes.relaxed_bits) if relaxed else None
     with restored(denoiser):
         dynamic = choice.axes.time_axis is TimeAxis.DYNAMIC
-        quantizers = wrap(denoiser, found, choice.bits, slots, context, dynamic)
+        quantizers = wrap(
+            denoiser, found, choice.bits, slots, context, dynamic, relaxation if per_call else None
+        )
         # both in memory only where the full-precision outputs are needed once more
         learned = choice.axes.step_size is StepSize.LEARNED
         set_weights(denoiser, weights, choice.bits.weight, keep_full_precision=learned)
@@ -106,7 +113,11 @@ def calibrate(
                     seed=known.seed,
                     checkpoint=(work or Path(spare)) / "step_sizes",
                 )
-    return CalibrationState(dict(weights), activations, trajectory.timesteps, trajectory.noise_levels)
+        if relaxation is not None and not per_call:
+            activations = relax_shared(activations, quantizers, relaxation, trajectory.n_calls)
+    return CalibrationState(
+        dict(weights), activations, trajectory.timesteps, trajectory.noise_levels, relaxed
+    )
 
 
 def _runs(
