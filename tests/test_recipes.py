@@ -23,10 +23,11 @@ def test_a_preset_goes_through_the_chain_and_draws(
     recipe: str, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     folder = halftone.quantize(str(tiny_model_folder), recipe, PROMPTS, tmp_path / "out", bits="w4a6", **HOW)
-    verify(folder)
+    assert all(check.passed for check in verify(folder))
     assert info(folder)["recipe"] == recipe
     plan = Plan.load(folder / "plan.json")
     assert plan.axes == PRESETS[recipe]
+    assert plan.relaxed_calls == ((3,) if recipe == "pcr" else ())
     split = {site.kind for site in plan.sites if site.split is not None}
     assert split == ({"input", "weight"} if plan.axes.shortcut is Shortcut.SPLIT else set())
     images = halftone.load(folder)(
@@ -57,11 +58,16 @@ def test_progressive_calibration_is_an_axis_of_any_per_call_recipe(
         ({"calibration_calls": "normal", "time_axis": "per_call"}, "calibration_calls: all"),
         ({"temporal_block": "apart"}, "nothing is learned"),
         ({"calibration_inputs": "progressive"}, "fits call by call"),
+        ({"calibrate_last": False}, "calibration_inputs: progressive"),
+        (
+            {"calibration_inputs": "progressive", "time_axis": "per_call", "refresh_noise": True},
+            "replay_prefix: true",
+        ),
         ({"shortcut": "split", "time_axis": "dynamic"}, "needs stored parameters"),
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_choices_that_contradict_each_other_are_refused(axes: dict[str, str], message: str) -> None:
+def test_choices_that_contradict_each_other_are_refused(axes: dict[str, Any], message: str) -> None:
     with pytest.raises((ValidationError, ValueError), match=message):
         resolve("minmax", axes)
 

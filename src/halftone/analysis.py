@@ -126,6 +126,7 @@ def statistics(found: CalibrationState, plan: Plan) -> dict[str, Any]:
     return {
         "calls": plan.calls,
         "relaxed_calls": list(plan.relaxed_calls),
+        "calibration_denoiser_calls": found.denoiser_calls,
         "noise_levels": [_round(x) if math.isfinite(x) else None for x in found.noise_levels.tolist()],
         "timesteps": [_round(x) for x in found.timesteps.tolist()],
         "median_drift": _round(float(np.median(drifts))) if drifts else None,

@@ -109,6 +109,15 @@ class Axes(BaseModel):
     calibration_inputs: CalibrationInputs = Field(
         CalibrationInputs.REFERENCE, description="activations fitted to the reference or progressively"
     )
+    calibrate_last: bool = Field(
+        True, description="progressive: the last call too; false leaves it at its reference parameters (PCR)"
+    )
+    replay_prefix: bool = Field(
+        False, description="progressive: every call's prefix run again from the start; slow, an oracle"
+    )
+    refresh_noise: bool = Field(
+        False, description="progressive, replayed: every call is calibrated on noise of its own (PCR)"
+    )
     shortcut: Shortcut = Field(Shortcut.WHOLE, description="concatenated shortcut inputs, whole or split")
     rounding: Rounding = Field(Rounding.NEAREST, description="nearest, or learned by block reconstruction")
     unit_input: UnitInput = Field(UnitInput.QUANTIZED_PREFIX, description="inputs of block reconstruction")
@@ -138,6 +147,10 @@ class Axes(BaseModel):
             raise ValueError(
                 f"calibration_inputs progressive: fits call by call, time_axis is {self.time_axis}"
             )
+        if not progressive and (self.replay_prefix or not self.calibrate_last):
+            raise ValueError("replay_prefix, calibrate_last: write calibration_inputs: progressive with them")
+        if self.refresh_noise and not self.replay_prefix:
+            raise ValueError("refresh_noise: new noise has a prefix of its own; write replay_prefix: true")
         if self.relaxing != Interval.NONE and self.time_axis is TimeAxis.DYNAMIC:
             raise ValueError("relaxing: needs stored parameters, time_axis is dynamic")
         if self.shortcut is Shortcut.SPLIT and self.time_axis is TimeAxis.DYNAMIC:
@@ -173,6 +186,15 @@ PRESETS: dict[str, Axes] = {
         activation_range=Range.LP,
         calibration_calls=CalibrationCalls.NORMAL,
         step_size=StepSize.LEARNED,
+    ),
+    # per-call ranges on what the quantized calls before hand on, the last fifth of the calls relaxed (PCR)
+    "pcr": Axes(
+        **_LEARNED,
+        activation_range=Range.MOVING_AVERAGE,
+        momentum=0.01,
+        time_axis=TimeAxis.PER_CALL,
+        calibration_inputs=CalibrationInputs.PROGRESSIVE,
+        relaxing=Interval.NEAR_X0,
     ),
     # per-call ranges, the layers that see only the timestep learned apart (TFMQ-DM)
     "tfmq": Axes(

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
-from halftone.denoiser import CallContext, sites
+from halftone.calls import CallContext
+from halftone.denoiser import Site, SiteKind, sites
 from halftone.layers import Mode, SiteQuantizer, set_mode, set_weights, wrap
 from halftone.passes import progressive
 from halftone.passes.calibrate import calibrate
 from halftone.passes.lockstep import Lockstep
-from halftone.passes.progressive import calibrate_progressively
+from halftone.passes.progressive import calibrate_progressively, denoiser_calls
 from halftone.passes.state import ActivationParameters
 from halftone.passes.weights import quantize_weights
 from halftone.quantizers.affine import fit_affine, fit_non_negative
@@ -36,6 +37,7 @@ class Case:
 
     def __init__(self, pipeline: Any, bits: str = "w8a4") -> None:
         self.pipeline = pipeline
+        self.draws: list[int] = []
         self.trajectory: Trajectory = record(pipeline, PROMPTS, batch_size=2, **HOW)
         self.denoiser = pipeline.unet
         width, found = Bits.parse(bits), sites(pipeline.unet)
@@ -47,19 +49,24 @@ class Case:
             self.denoiser, self.quantizers, self.context, self.trajectory, AXES, batch_size=2
         )
 
-    def arguments(self, ids: range) -> dict[str, Any]:
-        return {**run_arguments(self.pipeline, ids, [""] * len(ids), **HOW), "output_type": "latent"}
+    def arguments(self, ids: range, draw: int = 0) -> dict[str, Any]:
+        how = {**HOW, "seed": draw}
+        return {**run_arguments(self.pipeline, ids, [""] * len(ids), **how), "output_type": "latent"}
 
-    def run(self, checkpoint: Path) -> ActivationParameters:
+    def runs(self, draw: int) -> list[tuple[range, dict[str, Any]]]:
+        self.draws.append(draw)
+        return [(ids, self.arguments(ids, draw)) for ids in BATCHES]
+
+    def run(self, checkpoint: Path, **axes: bool) -> ActivationParameters:
         return calibrate_progressively(
             self.pipeline,
             self.denoiser,
             self.quantizers,
             self.context,
             self.trajectory,
-            AXES,
+            AXES.model_copy(update=axes),
             self.reference,
-            [(ids, self.arguments(ids)) for ids in BATCHES],
+            self.runs,
             checkpoint=checkpoint,
         )
 
@@ -104,20 +111,98 @@ def test_a_fault_in_a_run_ends_all_of_them(tiny_pipeline: Any) -> None:
     assert "forward" not in vars(pipeline.unet)
 
 
-def test_two_denoiser_calls_per_batch_and_call(case: Case, tmp_path: Path) -> None:
-    seen: list[object] = []
-    hook = case.denoiser.register_forward_hook(lambda *given: seen.append(given[0]))
+@pytest.mark.parametrize(
+    ("axes", "each"),
+    [
+        ({}, 2 * 4),
+        ({"calibrate_last": False}, 2 * 3),
+        ({"replay_prefix": True}, 1 + 2 + 3 + 4),
+        ({"replay_prefix": True, "calibrate_last": False}, 1 + 2 + 3),
+    ],
+)
+def test_denoiser_calls_are_what_is_said(case: Case, axes: Any, each: int, tmp_path: Path) -> None:
     computed: list[int] = []
-    inner = case.denoiser.conv_in.register_forward_hook(lambda *_: computed.append(1))
-    case.run(tmp_path)
-    hook.remove()
-    inner.remove()
-    assert len(computed) == 2 * len(BATCHES) * case.trajectory.n_calls
+    case.denoiser.conv_in.register_forward_hook(lambda *_: computed.append(1))
+    case.run(tmp_path, **axes)
+    assert case.trajectory.n_calls == 4
+    said = denoiser_calls(AXES.model_copy(update=axes), 4, len(BATCHES))
+    assert len(computed) == said == each * len(BATCHES)
+
+
+def test_linear_time_where_replaying_takes_quadratic() -> None:
+    replayed = AXES.model_copy(update={"replay_prefix": True})
+    assert (denoiser_calls(AXES, 51, 50), denoiser_calls(replayed, 51, 50)) == (5100, 66_300)
+
+
+def test_replayed_prefixes_give_the_same_parameters(case: Case, tmp_path: Path) -> None:
+    carried = case.run(tmp_path / "carried")
+    assert same(case.run(tmp_path / "replayed", replay_prefix=True), carried)
+    assert set(case.draws) == {0}
+    assert not same(case.run(tmp_path / "new", replay_prefix=True, refresh_noise=True), carried)
+    assert set(case.draws) == set(range(4))
+
+
+def test_the_last_call_may_keep_what_the_reference_gave(case: Case, tmp_path: Path) -> None:
+    whole = case.run(tmp_path / "whole")
+    found = case.run(tmp_path / "published", calibrate_last=False)
+    for name, site in found.items():
+        for value, progressive_value, reference in zip(site, whole[name], case.reference[name], strict=True):
+            assert torch.equal(value[:-1], progressive_value[:-1])
+            assert torch.equal(value[-1], reference[-1])
+
+
+class Halving(nn.Module):
+    """A denoiser of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(self.layer.weight, 0.5)
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        return (self.layer(sample),)
+
+
+class Subtracting:
+    """A sampler x <- x - w x."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet, self.scheduler = unet, None
+
+    def __call__(self, start: Tensor) -> Tensor:
+        for timestep in (2, 1, 0):
+            start = start - self.unet(start, timestep, return_dict=False)[0]
+        return start
+
+
+def test_a_sampler_of_one_weight_quantized_to_another(tmp_path: Path) -> None:
+    denoiser, context = Halving(), CallContext()
+    starts = torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1)
+    seen = torch.tensor([1.0, 0.5, 0.25]).reshape(3, 1, 1, 1, 1)
+    trajectory = Trajectory(starts * seen, torch.tensor([2, 1, 0]), torch.ones(3))
+    site = Site("layer", SiteKind.INPUT, "Linear", None, None)
+    quantizers = wrap(denoiser, [site], Bits(16, 16, 16), 3, context)
+    reference = calibrate(denoiser, quantizers, context, trajectory, AXES, batch_size=2)
+    nn.init.constant_(denoiser.layer.layer.weight, 0.6)
+    found = calibrate_progressively(
+        Subtracting(denoiser),
+        denoiser,
+        quantizers,
+        context,
+        trajectory,
+        AXES,
+        reference,
+        lambda _: [(range(2), {"start": starts})],
+        checkpoint=tmp_path,
+    )
+    torch.testing.assert_close(reference["layer.input"].hi, torch.tensor([1.0, 0.5, 0.25]))
+    assert found["layer.input"].hi.tolist() == pytest.approx([1, 0.4, 0.16], abs=1e-4)
+    assert found["layer.input"].lo.tolist() == pytest.approx([-1, -0.4, -0.16], abs=1e-4)
 
 
 def test_ranges_are_those_of_the_replayed_prefix(case: Case, tmp_path: Path) -> None:
-    """The algorithm as published, for the same noise: for every call run the quantized sampler from the
-    start, observe that call while it uses the reference's parameters, and only then replace them."""
+    """The algorithm as published, by hand, for the same noise: for every call run the quantized sampler from
+    the start, observe that call while it uses the reference's parameters, and only then replace them."""
     found = case.run(tmp_path)
     set_all(case.quantizers, case.reference)
     for call in range(case.trajectory.n_calls):

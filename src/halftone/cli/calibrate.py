@@ -92,7 +92,11 @@ def verb(
             options.name(name, output),
             output,
             params={"model": model, "recipe": recipe, "bits": bits, "protocol": protocol},
-            metrics={"weights": len(state.weights), "activations": len(state.activations)},
+            metrics={
+                "weights": len(state.weights),
+                "activations": len(state.activations),
+                "calibration_denoiser_calls": state.denoiser_calls,
+            },
             started=started,
         )
     )

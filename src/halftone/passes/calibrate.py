@@ -81,6 +81,12 @@ def calibrate(
     return found
 
 
+def denoiser_calls(trajectory: Trajectory, axes: Axes, batch_size: int, seed: int = 0) -> int:
+    """Calls of the denoiser that `calibrate` makes with these arguments, each on one batch."""
+    chosen = [len(prompts) for prompts in calibration_prompts(trajectory, axes.calibration_calls, seed)]
+    return sum(-(-n // batch_size) - (n - trajectory.n_prompts) // batch_size for n in chosen)
+
+
 class _Watch:
     """Observer of one site: an estimator of its range, and the extremes of the call at hand."""
 

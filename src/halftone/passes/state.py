@@ -37,13 +37,15 @@ ActivationParameters = dict[str, SiteParameters]
 @dataclass(frozen=True)
 class CalibrationState:
     """Everything that a recipe decided for a denoiser. timesteps, noise_levels: (n_calls,), of the
-    calibrated calls. relaxed_calls: indices of those whose activations have the recipe's relaxed width."""
+    calibrated calls. relaxed_calls: indices of those whose activations have the recipe's relaxed width.
+    denoiser_calls: that finding the activation parameters took, each on one batch."""
 
     weights: dict[str, WeightCodes]
     activations: ActivationParameters
     timesteps: Tensor
     noise_levels: Tensor
     relaxed_calls: tuple[int, ...] = ()
+    denoiser_calls: int = 0
 
     def apply(self, denoiser: nn.Module, quantizers: Mapping[str, SiteQuantizer], bits: Bits) -> None:
         """Put weights and parameters into a wrapped denoiser; modes stay as they are."""
@@ -52,12 +54,13 @@ class CalibrationState:
 
     def save(self, path: Path | str, provenance: Provenance) -> None:
         """One safetensors file: `weight/{module}/codes|scale|zero_point`,
-        `activation/{site}/scale|zero_point|lo|hi`,
-        `timesteps`, `noise_levels`, `relaxed_calls`. Its bytes depend on the values alone."""
+        `activation/{site}/scale|zero_point|lo|hi`, `timesteps`, `noise_levels`, `relaxed_calls`,
+        `denoiser_calls`. Its bytes depend on the values alone."""
         tensors = {
             "timesteps": self.timesteps,
             "noise_levels": self.noise_levels,
             "relaxed_calls": torch.tensor(self.relaxed_calls, dtype=torch.int64),
+            "denoiser_calls": torch.tensor(self.denoiser_calls),
         }
         for module, weight in self.weights.items():
             tensors |= {f"weight/{module}/{part}": value for part, value in weight._asdict().items()}
@@ -88,6 +91,7 @@ class CalibrationState:
                 alone["timesteps"],
                 alone["noise_levels"],
                 tuple(alone["relaxed_calls"].tolist()),
+                int(alone["denoiser_calls"]),
             ), provenance
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run halftone calibrate first") from None

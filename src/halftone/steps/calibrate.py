@@ -16,8 +16,9 @@ from halftone.calls import CallContext
 from halftone.denoiser import denoiser_of, is_layer, sites
 from halftone.errors import UserError
 from halftone.layers import WeightCodes, quantized_layers, set_weights, wrap
-from halftone.passes.calibrate import calibrate as observe
-from halftone.passes.progressive import calibrate_progressively
+from halftone.passes import calibrate as reference
+from halftone.passes import progressive
+from halftone.passes.checkpoint import seed_of
 from halftone.passes.relax import relax_shared
 from halftone.passes.state import CalibrationState
 from halftone.passes.step_size import learn_step_sizes
@@ -73,7 +74,7 @@ def calibrate(
         # both in memory only where the full-precision outputs are needed once more
         learned = choice.axes.step_size is StepSize.LEARNED
         set_weights(denoiser, weights, choice.bits.weight, keep_full_precision=learned)
-        activations = observe(
+        activations = reference.calibrate(
             denoiser,
             quantizers,
             context,
@@ -83,9 +84,12 @@ def calibrate(
             seed=known.seed,
             checkpoint=None if work is None else work / "calls.safetensors",
         )
+        made = reference.denoiser_calls(trajectory, choice.axes, batch_size, known.seed)
         if choice.axes.calibration_inputs is CalibrationInputs.PROGRESSIVE:
+            batches = -(-trajectory.n_prompts // batch_size)
+            made += progressive.denoiser_calls(choice.axes, trajectory.n_calls, batches)
             with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
-                activations = calibrate_progressively(
+                activations = progressive.calibrate_progressively(
                     source.pipeline,
                     denoiser,
                     quantizers,
@@ -93,7 +97,7 @@ def calibrate(
                     trajectory,
                     choice.axes,
                     activations,
-                    _runs(source, trajectory, known, batch_size),
+                    lambda draw: _runs(source, trajectory, known, batch_size, draw),
                     checkpoint=(work or Path(spare)) / "progressive",
                 )
         if learned:
@@ -116,15 +120,17 @@ def calibrate(
         if relaxation is not None and not per_call:
             activations = relax_shared(activations, quantizers, relaxation, trajectory.n_calls)
     return CalibrationState(
-        dict(weights), activations, trajectory.timesteps, trajectory.noise_levels, relaxed
+        dict(weights), activations, trajectory.timesteps, trajectory.noise_levels, relaxed, made
     )
 
 
 def _runs(
-    source: Source, trajectory: Trajectory, known: Provenance, batch_size: int
+    source: Source, trajectory: Trajectory, known: Provenance, batch_size: int, draw: int
 ) -> list[tuple[range, dict[str, Any]]]:
     """Of every batch of prompts: their places in the trajectory, and how the pipeline is run on them. The
-    denoiser takes its text from the trajectory, so the pipeline is given none; the noise is the recorded."""
+    denoiser takes its text from the trajectory, so the pipeline is given none. Noise draw 0 is the
+    recorded one."""
+    seed = known.seed if draw == 0 else seed_of("noise", known.seed, f"draw {draw}")
     runs, output = [], {"output_type": "latent"} if hasattr(source.pipeline, "vae") else {}
     for first in range(0, trajectory.n_prompts, batch_size):
         ids = range(trajectory.n_prompts)[first : first + batch_size]
@@ -135,7 +141,7 @@ def _runs(
             steps=known.steps,
             guidance=known.guidance,
             resolution=known.resolution,
-            seed=known.seed,
+            seed=seed,
         )
         runs.append((ids, {**arguments, **output}))
     return runs
