@@ -20,6 +20,7 @@ from halftone.plan import Plan
 from halftone.quantizers.bits import Bits
 from halftone.recipes import TimeAxis
 from halftone.recipes import resolve as axes_of
+from halftone.runtime import simulated
 from halftone.settings import Protocol
 from halftone.skeleton import skeleton_of
 from halftone.source import load_source
@@ -88,6 +89,7 @@ def calibrated(
         dict(weights), activations, trajectory.timesteps, trajectory.noise_levels, plan.relaxed_calls
     )
     result.save(state, known.model_copy(update={**chosen, "bits": bits}))
+    simulated.multiply_whole_numbers(denoiser, weights)  # from here on as a loaded artefact does
     return Calibrated(state, plan, pipeline, quantizers, context)
 
 

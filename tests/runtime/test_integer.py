@@ -51,13 +51,12 @@ def image(pipeline: Any) -> Tensor:
         return pipeline(PROMPTS[0], **size, **arguments, generator=generator).images
 
 
-def test_an_integer_pipeline_is_close_to_the_simulated_one(made: tuple[Calibrated, Path]) -> None:
+def test_an_integer_pipeline_gives_the_bits_of_the_simulated_one(made: tuple[Calibrated, Path]) -> None:
     simulated = halftone.load(made[1])
     pipeline = halftone.load(made[1], execution="integer")
     for index in range(2):
-        wanted = call(simulated, index)
-        assert close(call(pipeline, index), wanted)
-    assert image(pipeline).isfinite().all()
+        assert torch.equal(call(pipeline, index), call(simulated, index))
+    assert torch.equal(image(pipeline), image(simulated))
 
 
 def test_nothing_quantized_is_in_memory_as_float(made: tuple[Calibrated, Path]) -> None:
@@ -117,7 +116,10 @@ def test_other_widths(bits: str, recipe: str, tmp_path: Path, tiny_model_folder:
     simulated = halftone.load(tmp_path / "made")
     pipeline = halftone.load(tmp_path / "made", execution="integer")
     wanted = call(simulated, 2)
-    assert close(call(pipeline, 2), wanted)
+    if bits.startswith("w8"):
+        assert torch.equal(call(pipeline, 2), wanted)
+    else:  # weights of 10 bits are summed in float64
+        assert close(call(pipeline, 2), wanted)
 
 
 def test_split_shortcuts_are_two_products(tmp_path: Path, tiny_model_folder: Path) -> None:
@@ -125,8 +127,7 @@ def test_split_shortcuts_are_two_products(tmp_path: Path, tiny_model_folder: Pat
     artefact.write(tmp_path / "made", found.state, found.plan, load_source(tiny_model_folder))
     pipeline = halftone.load(tmp_path / "made", execution="integer")
     split = [m for m in denoiser_of(pipeline).modules() if isinstance(m, IntegerLayer) and m.split]
-    wanted = call(halftone.load(tmp_path / "made"), 0)
-    assert close(call(pipeline, 0), wanted)
+    assert torch.equal(call(pipeline, 0), call(halftone.load(tmp_path / "made"), 0))
     assert split
     assert all(len(layer.products()) == 2 for layer in split)
 

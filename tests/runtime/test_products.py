@@ -180,6 +180,15 @@ for bits, how, weight_code in [(8, None, 255), (8, grouped, 0), (10, None, 0), (
     affine = Affine(torch.ones(()), 3, bits)
     wanted = ReferenceProduct(weight, how).accumulate(codes, affine)
     assert torch.equal(int8.Int8Product(weight, how).accumulate(codes, affine).double(), wanted), (bits, how)
+
+# scaled and biased in one order, whatever the CPU: the one of simulated execution
+for weight_code in (15, 255):
+    weight = Weight(torch.randint(0, weight_code, (8, 96)), torch.rand(8), torch.full((8,), weight_code // 2))
+    codes, affine, bias = torch.randint(0, 256, (40, 96)), Affine(torch.rand(()), 3, 8), torch.randn(8)
+    product = int8.Int8Product(weight)
+    sums = product.accumulate(codes.to(torch.uint8), affine)
+    found = product(codes.to(torch.uint8), affine, bias)
+    assert torch.equal(found, sums * (affine.scale * weight.scale) + bias), weight_code
 """
 
 

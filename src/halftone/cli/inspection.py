@@ -69,7 +69,7 @@ def info(
             "far_codes",
             "largest_difference",
             "largest_call_ratio",
-            "largest_order_ratio",
+            "largest_exact_ratio",
         ):
             print(f"  {name:20} {parity[name]:.3g}")
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halftone.runtime.operands import Affine, Geometry, Weight
+from halftone.runtime.operands import Affine, Geometry, Weight, spread
 from halftone.runtime.reference import ReferenceProduct
 
 MOST_TERMS = 65_000  # 255 x 128 x terms must fit an int32
@@ -62,8 +62,8 @@ def ability() -> Ability:
 class Int8Product:
     """A Linear (no geometry) or Conv2d over codes of up to 16 bits and weights of up to 8; float32 out.
 
-    See `halftone.runtime.operands.Product`. Sums are made in int32, and scaled and rounded once to float32 by
-    the operator. Weights go in as code - zero point where that fits a byte. Where it does not (8-bit
+    See `halftone.runtime.operands.Product`. Sums are made in int32, become float32, and are scaled, then
+    biased. Weights go in as code - zero point where that fits a byte. Where it does not (8-bit
     weights), they go in as code - 128, and what is missing, (128 - zero point) x the sum of (code - zero
     point), is taken from an output channel of ones. Zero points must be codes. Raises ValueError for weights
     that are too wide or too long.
@@ -88,28 +88,29 @@ class Int8Product:
 
     def accumulate(self, codes: Tensor, affine: Affine) -> Tensor:
         """float32: exact below 2^24; beyond it the nearest float32, where one product was enough."""
-        return self._run(codes, affine, 1.0, torch.ones_like(self.scale), None)
+        return self._run(codes, affine, torch.ones_like(self.scale), None)
 
     def __call__(self, codes: Tensor, affine: Affine, bias: Tensor | None = None) -> Tensor:
-        return self._run(codes, affine, float(affine.scale), self.scale, bias)
+        # one scale, made here: given two, the operator multiplies them in an order that depends on the CPU
+        scale = affine.scale * self.scale
+        if self.rest is None and affine.bits <= self.part_bits:
+            return self._run(codes, affine, scale, bias)
+        out, along = self.accumulate(codes, affine), spread(self.geometry)
+        out = out.mul_(scale.reshape(along))
+        return out if bias is None else out.add_(bias.reshape(along))
 
-    def _run(
-        self, codes: Tensor, affine: Affine, scale: float, scales: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def _run(self, codes: Tensor, affine: Affine, scales: Tensor, bias: Tensor | None) -> Tensor:
         if not 0 <= affine.zero_point <= affine.high:
             raise ValueError(f"zero point {affine.zero_point} is no code of {affine.bits} bits")
-        factor = None
         if self.rest is not None:
-            # the ones' channel comes out as scale x its sum
-            factor, scales = self.rest * scales, _append(scales, self.groups, 1)
-            bias = None if bias is None else _append(bias, self.groups, 0)
+            scales = _append(scales, self.groups, 1)  # the ones' channel comes out as its sum
         mask, total = 2**self.part_bits - 1, None
         for shift in range(0, affine.bits, self.part_bits):
             part = codes if affine.bits <= self.part_bits else (codes >> shift & mask).to(torch.uint8)
             zero_point = affine.zero_point >> shift & mask
-            out = _apply(part, scale * 2**shift, zero_point, self._packed, self.geometry, scales, bias)
-            total, bias = out if total is None else total.add_(out), None
-        return total if factor is None else self._corrected(total, factor)
+            out = _apply(part, 2.0**shift, zero_point, self._packed, self.geometry, scales, bias)
+            total = out if total is None else total.add_(out)
+        return total if self.rest is None else self._corrected(total, self.rest)
 
     def _corrected(self, out: Tensor, factor: Tensor) -> Tensor:
         """Adds factor (out,) x the channel of ones of each group to the group's own channels."""

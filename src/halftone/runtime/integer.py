@@ -6,6 +6,7 @@ It runs on the CPU. What has no integer kernel stays simulated, see `halftone.ru
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +65,25 @@ def build(
     return chosen
 
 
+def build_exact(denoiser: nn.Module, plan: Plan, **parts: Any) -> dict[str, Decision]:
+    """`build`, slow, as the oracle of both executions: exact integer sums, everything else in float64."""
+    decisions = {
+        name: Decision(Kernel.REFERENCE) if decision.kernel is Kernel.INT8 else decision
+        for name, decision in choose(plan, denoiser).items()
+    }
+    return build(denoiser, plan, **parts, dtype=torch.float64, decisions=decisions)
+
+
 def simulated_modules(denoiser: nn.Module) -> list[str]:
     """Quantized modules of a denoiser that are run in float."""
     found = []
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
-        quantized = type(processor) is QuantizedAttnProcessor and processor.query is not None
-        if quantized or isinstance(module, QuantizedLayer):
+        if isinstance(processor, QuantizedAttnProcessor):
+            in_float = processor.query is not None and not isinstance(processor, IntegerAttnProcessor)
+        else:
+            in_float = isinstance(module, QuantizedLayer)
+        if in_float:
             found.append(name)
     return found
 
@@ -89,7 +102,7 @@ def _replace(denoiser: nn.Module, name: str, weights: Mapping[str, WeightCodes],
         return
     before = module.processor
     assert isinstance(before, QuantizedAttnProcessor)
-    parts = before.query, before.key, before.value, before.probabilities
+    parts: Any = (before.query, before.key, before.value, before.probabilities)
     # set as it is: the guard that `install` put before other processors stays
     module.processor = IntegerAttnProcessor(*parts)
 

@@ -5,30 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from halftone.attention import QuantizedAttnProcessor
 from halftone.errors import UserError
 from halftone.layers import SiteQuantizer, WeightCodes
-from halftone.runtime.operands import Affine, Geometry, Product, Weight, encode, geometry_of, steps
+from halftone.runtime.operands import Affine, Geometry, Product, Weight, encode, geometry_of, steps, wide
 from halftone.runtime.reference import batched
+from halftone.runtime.whole import Affines, WholeAttnProcessor, cut, halves_of, keep_float32
 
 _EXACT_FLOAT32 = 2**24
 _EXACT_BFLOAT16 = 2**8  # a float32 product may round its operands to this, where PyTorch is told to
 _KEPT = ("weight_scale",)  # float32, whatever the model is cast to
 
 MakeProduct = Callable[[Weight, Geometry | None], Product]
-
-
-def affine_of(quantizer: SiteQuantizer) -> list[Affine]:
-    """Parameters that serve the present call: one, or one for each half of a split site."""
-    params = quantizer.params()
-    split = quantizer.site.split
-    if split is None:
-        return [Affine(params.scale, int(params.zero_point), params.bits)]
-    scales, zero_points = params.scale.flatten(), params.zero_point.flatten()
-    return [Affine(scales[k], int(zero_points[k]), params.bits) for k in (0, split)]
 
 
 class IntegerLayer(nn.Module):
@@ -48,13 +37,12 @@ class IntegerLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.input, self.make, self.bias = input, make, layer.bias
-        self.geometry = geometry_of(layer)
+        self.geometry, self.affines = geometry_of(layer), Affines(input)
         self.split = input.site.split
-        starts = [0] if self.split is None else [0, self.split]
+        halves = halves_of(weight, self.split)
         self.register_buffer("codes", weight.codes)
-        for name, values in (("weight_scale", weight.scale), ("weight_zero_point", weight.zero_point)):
-            per_channel = values.reshape(weight.codes.shape[0], -1)
-            self.register_buffer(name, torch.stack([per_channel[:, start] for start in starts]))
+        self.register_buffer("weight_scale", torch.stack([half.scale for half in halves]))
+        self.register_buffer("weight_zero_point", torch.stack([half.zero_point for half in halves]))
         self._products: list[Product] = []
 
     def products(self) -> list[Product]:
@@ -62,18 +50,18 @@ class IntegerLayer(nn.Module):
         if not self._products:
             if self.codes.device.type != "cpu":
                 raise UserError("integer execution runs on the CPU; leave the pipeline there")
-            for k, codes in enumerate(self._cut(self.codes, 1)):
+            for k, codes in enumerate(cut(self.codes, self.split, 1)):
                 weight = Weight(codes, self.weight_scale[k], self.weight_zero_point[k])
                 self._products.append(self.make(weight, self.geometry))
         return self._products
 
     def encoded(self, x: Tensor) -> list[tuple[Tensor, Affine]]:
         """Codes of the input, and what they stand for, for each half."""
-        halves = zip(self.halves(x), affine_of(self.input), strict=True)
+        halves = zip(self.halves(x), self.affines.now(), strict=True)
         return [(encode(part, affine, self.input.site.name), affine) for part, affine in halves]
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.detach().float()
+        bias = None if self.bias is None else self.bias.detach().to(wide(x.dtype))
         total: Tensor | None = None
         for product, (codes, affine) in zip(self.products(), self.encoded(x), strict=True):
             out = product(codes, affine, bias)
@@ -83,20 +71,10 @@ class IntegerLayer(nn.Module):
 
     def halves(self, x: Tensor) -> list[Tensor]:
         """An input as the parts that have parameters of their own."""
-        return self._cut(x, -1 if self.geometry is None else 1)
-
-    def _cut(self, x: Tensor, axis: int) -> list[Tensor]:
-        if self.split is None:
-            return [x]
-        return list(x.split([self.split, x.shape[axis] - self.split], dim=axis))
+        return cut(x, self.split, -1 if self.geometry is None else 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:
-        kept = {name: self._buffers[name] for name in _KEPT}
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None:
-                self._buffers[name] = buffer.to(moved.device)
+        keep_float32(self, _KEPT, lambda: super(IntegerLayer, self)._apply(fn, recurse))
         self._products = []
         return self
 
@@ -105,42 +83,23 @@ class IntegerLayer(nn.Module):
         return {**super().__getstate__(), "_products": []}
 
 
-class IntegerAttnProcessor(QuantizedAttnProcessor):
+class IntegerAttnProcessor(WholeAttnProcessor):
     """Attention whose products q kᵀ and probabilities x v are sums of integers.
 
     The integers lie in float32 where every sum of magnitudes stays below 2^24, which makes the products
-    exact, and in float64 beyond. The first bound follows from the widths of the codes. The second uses that
-    probabilities add up to 1, so that the codes of n of them add up to 1 / scale + n / 2 at most. Scales,
-    mask and softmax are float.
+    exact, and in float64 beyond. Scales, mask and softmax are float.
     """
 
-    query: SiteQuantizer
-    key: SiteQuantizer
-    value: SiteQuantizer
-    probabilities: SiteQuantizer
+    def steps(self, x: Tensor, affine: Affine, site: SiteQuantizer) -> Tensor:
+        return steps(x, affine, site.site.name)
 
-    def weights(self, attn: Attention, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-        (of_query,), (of_key,) = affine_of(self.query), affine_of(self.key)
-        left = steps(query, of_query, self.query.site.name)
-        right = steps(key, of_key, self.key.site.name).transpose(1, 2)
-        sums = _product(left, right, of_query.reach, of_key.reach, of_query.reach * query.shape[-1])
-        scores = sums.mul_(of_query.scale * of_key.scale * attn.scale)
-        if mask is not None:
-            scores = scores + mask
-        return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-
-    def mix(self, probabilities: Tensor, value: Tensor) -> Tensor:
-        (of_value,), (of_probabilities,) = affine_of(self.value), affine_of(self.probabilities)
-        left = steps(probabilities, of_probabilities, self.probabilities.site.name)
-        right = steps(value, of_value, self.value.site.name)
-        n_keys = value.shape[1]
-        most = min(of_probabilities.reach * n_keys, 1.001 / float(of_probabilities.scale) + n_keys / 2)
-        sums = _product(left, right, of_probabilities.reach, of_value.reach, most)
-        return sums.mul_(of_probabilities.scale * of_value.scale).to(value.dtype)
-
-
-def _product(left: Tensor, right: Tensor, reach_left: int, reach_right: int, most: float) -> Tensor:
-    """Exact batched product of whole numbers; `most` bounds the summed magnitudes of a row of `left`."""
-    if max(reach_left, reach_right) <= _EXACT_BFLOAT16 and most * reach_right < _EXACT_FLOAT32:
-        return torch.bmm(left, right)
-    return batched(left, right, most * reach_right).float()
+    def product(self, left: Tensor, right: Tensor, of_left: Affine, of_right: Affine) -> Tensor:
+        terms = left.shape[-1]
+        most = float(of_left.reach * terms)
+        if of_left is self.affine("probabilities"):
+            # they add up to 1, so the codes of n of them add up to 1 / scale + n / 2 at most
+            most = min(most, 1.001 / float(of_left.scale) + terms / 2)
+        most *= of_right.reach
+        if max(of_left.reach, of_right.reach) <= _EXACT_BFLOAT16 and most < _EXACT_FLOAT32:
+            return torch.bmm(left, right)
+        return batched(left, right, most).to(left.dtype)

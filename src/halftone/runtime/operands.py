@@ -74,6 +74,11 @@ def geometry_of(layer: nn.Module) -> Geometry | None:
     return Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
+def spread(how: Geometry | None) -> tuple[int, ...]:
+    """Shape that lays values of output channels along those of a layer's output."""
+    return (-1,) if how is None else (-1, 1, 1)
+
+
 class Product(Protocol):
     """One weight, made ready for a kernel."""
 
@@ -89,10 +94,22 @@ class Product(Protocol):
         ...
 
 
-def steps(x: Tensor, affine: Affine, site: str = "tensor") -> Tensor:
-    """Code - zero point of every value, whole numbers in float32. Raises UserError for NaN."""
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of a type are computed in: float32 at least, float64 where they are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def whole(x: Tensor, affine: Affine) -> Tensor:
+    """Code - zero point of every value: whole numbers in float32 (of float64: in float64). NaN stays NaN."""
     low, high = -affine.zero_point, affine.high - affine.zero_point
-    values = x.detach().float().div(affine.scale).round_().clamp_(low, high)
+    values = x.detach().to(wide(x.dtype))
+    # in the type of the values: a scale without dimensions would not widen a quotient by itself
+    return values.div(affine.scale.to(values.dtype)).round_().clamp_(low, high)
+
+
+def steps(x: Tensor, affine: Affine, site: str = "tensor") -> Tensor:
+    """`whole`, but raises UserError for NaN."""
+    values = whole(x, affine)
     # the clamp has taken infinities, as the codes are defined; only NaN is left to spoil a sum
     if values.sum().isnan():
         raise UserError(f"{site}: holds NaN, which has no code; try more bits, or run the model in float32")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halftone.runtime.operands import Affine, Geometry, Weight
+from halftone.runtime.operands import Affine, Geometry, Weight, spread
 
 _EXACT_BELOW = 2**53
 
@@ -37,10 +37,10 @@ class ReferenceProduct:
         return functional.conv2d(whole, weight, None, how.stride, how.padding, how.dilation, how.groups)
 
     def __call__(self, codes: Tensor, affine: Affine, bias: Tensor | None = None) -> Tensor:
-        spread = (-1,) if self.geometry is None else (-1, 1, 1)
+        along = spread(self.geometry)
         scale = self.weight.scale.double() * affine.scale.double()
-        out = self.accumulate(codes, affine).mul_(scale.reshape(spread))
-        return out if bias is None else out.add_(bias.double().reshape(spread))
+        out = self.accumulate(codes, affine).mul_(scale.reshape(along))
+        return out if bias is None else out.add_(bias.double().reshape(along))
 
 
 def batched(left: Tensor, right: Tensor, largest: float) -> Tensor:

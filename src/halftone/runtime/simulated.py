@@ -1,21 +1,29 @@
-"""Simulated execution: weights dequantized once, activations fake-quantized at every call."""
+"""Simulated execution: codes at every call, products of what they stand for in float.
+
+Of whole numbers, see `halftone.runtime.whole`, in float32 and float64; where parameters are dynamic, where a
+layer's input or weight is not quantized, and in 16-bit floats, of the dequantized operands.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from halftone.attention import QuantizedAttnProcessor
 from halftone.calls import CallContext
 from halftone.components import quiet
 from halftone.denoiser import Site, SiteKind
 from halftone.errors import UserError
-from halftone.layers import Mode, SiteQuantizer, WeightCodes, set_mode, wrap
+from halftone.layers import Mode, QuantizedLayer, SiteQuantizer, WeightCodes, set_mode, wrap
 from halftone.plan import Plan, SitePlan
 from halftone.quantizers.affine import dequantize
 from halftone.quantizers.bits import Bits
 from halftone.recipes import TimeAxis
+from halftone.runtime.operands import geometry_of, wide
+from halftone.runtime.whole import WholeAttnProcessor, WholeLayer
 
 _MODULE_TYPES = ("Linear", "Conv2d", "Attention")
 
@@ -52,7 +60,38 @@ def build(
         if not dynamic:
             quantizer.set_parameters(*activations[name])
     set_mode(quantizers, Mode.QUANTIZE)
+    if wide(dtype) == dtype:
+        multiply_whole_numbers(denoiser, weights)
     return quantizers
+
+
+def multiply_whole_numbers(denoiser: nn.Module, weights: Mapping[str, WeightCodes]) -> None:
+    """Put modules of `halftone.runtime.whole` in place of the quantized ones that they can stand for."""
+    for name, module in list(denoiser.named_modules()):
+        processor = getattr(module, "processor", None)
+        if isinstance(processor, QuantizedAttnProcessor):
+            parts: Any = (processor.query, processor.key, processor.value, processor.probabilities)
+            if all(isinstance(part, SiteQuantizer) and _one_scale(part) for part in parts):
+                module.processor = WholeAttnProcessor(*parts)
+        elif type(module) is QuantizedLayer and module.input is not None and name in weights:
+            weight, layer = weights[name], module.layer
+            if _one_scale(module.input) and _fits(layer, weight, module.input.site.split):
+                denoiser.set_submodule(name, WholeLayer(layer, module.input, weight).eval())
+
+
+def _one_scale(quantizer: SiteQuantizer) -> bool:
+    """Whether a call has one scale, or one for each half of a split site."""
+    return not quantizer.dynamic and (quantizer.scale.ndim == 1 or quantizer.site.split is not None)
+
+
+def _fits(layer: nn.Linear | nn.Conv2d, weight: WeightCodes, split: int | None) -> bool:
+    """Whether the layer slides plainly, and its weight is split as its input is."""
+    try:
+        geometry = geometry_of(layer)
+    except ValueError:
+        return False
+    halves = weight.scale.numel() > weight.codes.shape[0]
+    return halves == (split is not None) and not (split and geometry is not None and geometry.groups > 1)
 
 
 def site_of(plan: SitePlan, denoiser: nn.Module) -> Site:
