@@ -21,6 +21,7 @@ from halftone.cli import (
     export,
     inspection,
     metrics,
+    propagation,
     proxy,
     reconstruct,
     report,
@@ -108,6 +109,7 @@ VERBS: dict[str, dict[str, Verb]] = {
     },
     LOOK: {
         "proxy": proxy.verb,
+        "propagation": propagation.verb,
         "verify": inspection.verify,
         "info": inspection.info,
         "schema": inspection.schema,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import queue
 import threading
@@ -32,14 +33,29 @@ class _Run(threading.Thread):
         self.pipeline = copy.copy(pipeline)
         self.pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
         self.arguments = dict(arguments)
+        self.after: Tensor | None = None
+        self.result: Any = None
+        if hasattr(self.pipeline.scheduler, "step"):
+            self._watch(self.pipeline.scheduler)
         self.asked: queue.SimpleQueue[Tensor | BaseException | None] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
+
+    def _watch(self, scheduler: Any) -> None:
+        original = scheduler.step
+
+        @functools.wraps(original)  # pipelines read the signature
+        def step(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            self.after = output.prev_sample if hasattr(output, "prev_sample") else output[0]
+            return output
+
+        scheduler.step = step
 
     def run(self) -> None:
         end: BaseException | None = None
         try:
             with torch.no_grad():  # not inherited by threads
-                self.pipeline(**self.arguments)
+                self.result = self.pipeline(**self.arguments)
         except _Abandoned:
             pass
         except BaseException as fault:  # handed to the thread that waits
@@ -73,6 +89,16 @@ class Lockstep:
         self.runs = [_Run(pipeline, one) for one in arguments]
         self.latents: list[Tensor] = []
         """By batch: the latents as the denoiser is given them, both guidance halves."""
+
+    @property
+    def after(self) -> list[Tensor]:
+        """By batch: what the scheduler made of the last answer, (prompts, channels, height, width)."""
+        return [run.after for run in self.runs if run.after is not None]
+
+    @property
+    def results(self) -> list[Any]:
+        """By batch: what the pipeline returned, once it has."""
+        return [run.result for run in self.runs]
 
     def __enter__(self) -> Self:
         original = self.denoiser.forward

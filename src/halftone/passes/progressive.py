@@ -27,13 +27,11 @@ from halftone.layers import Mode, SiteQuantizer, set_mode
 from halftone.passes import checkpoint as checkpoints
 from halftone.passes.calibrate import Walk
 from halftone.passes.lockstep import Lockstep
+from halftone.passes.rollout import Runs, inputs_at
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
 from halftone.progress import Progress
 from halftone.recipes import Axes
-from halftone.trajectory import Trajectory, denoiser_inputs
-
-Runs = Sequence[tuple[range, Mapping[str, Any]]]
-"""For each batch its prompts, by their places in the trajectory, and the arguments of the pipeline."""
+from halftone.trajectory import Trajectory
 
 
 def denoiser_calls(axes: Axes, n_calls: int, batches: int) -> int:
@@ -164,7 +162,7 @@ class _Work:
 
     def _given(self, sampler: Lockstep, runs: Runs, call: int) -> list[dict[str, Any]]:
         return [
-            _inputs(self.trajectory, call, ids, latents)
+            inputs_at(self.trajectory, call, ids, latents)
             for (ids, _), latents in zip(runs, sampler.latents, strict=True)
         ]
 
@@ -174,12 +172,6 @@ class _Work:
                 f"the sampler stopped after {call} of {self.trajectory.n_calls} calls; "
                 "run calibration-data again"
             )
-
-
-def _inputs(trajectory: Trajectory, call: int, ids: range, latents: Tensor) -> dict[str, Any]:
-    """The recorded inputs of a call, with the sampler's latents in place of the reference ones."""
-    given = denoiser_inputs(trajectory, call, ids, device=latents.device, dtype=latents.dtype)
-    return {**given, trajectory.input_name: latents}
 
 
 def _keep(path: Path, mark: str, walk: Walk, outputs: Sequence[Tensor]) -> None:

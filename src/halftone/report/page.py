@@ -168,10 +168,11 @@ def _errors(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> str | None
     """The plot of latent errors per call; None where no row has them."""
     found = []
     for row in rows:
-        errors = evidence.get(source_of(row), Evidence()).latent_error
-        if errors and not _full_precision(row):
-            parts = (tuple(call[key] for call in errors) for key in ("value", "lo", "hi"))
-            found.append(Errors(name_of(row, rows), *parts))
+        known = evidence.get(source_of(row), Evidence())
+        if known.latent_error and not _full_precision(row):
+            value, lo, hi = (tuple(call[key] for call in known.latent_error) for key in ("value", "lo", "hi"))
+            relaxed = () if known.plan is None else known.plan.relaxed_calls
+            found.append(Errors(name_of(row, rows), value, lo, hi, relaxed))
     return uri(errors_svg(found).encode(), "image/svg+xml") if found else None
 
 

@@ -71,31 +71,49 @@ def ranges_svg(sites: Sequence[SiteRange], title: str) -> str:
 
 @dataclass(frozen=True)
 class Errors:
-    """Error of the latents of one row after every call: value, lower and upper end of its interval."""
+    """Error of the latents of one row after every call: value, lower and upper end of its interval.
+
+    relaxed: the calls whose activations have more bits. forced: the same error where every call starts from
+    full precision's latents, so that none inherits any.
+    """
 
     name: str
     values: tuple[float, ...]
     lo: tuple[float, ...]
     hi: tuple[float, ...]
+    relaxed: tuple[int, ...] = ()
+    forced: tuple[float, ...] = ()
 
 
 def errors_svg(rows: Sequence[Errors]) -> str:
-    """How far the latents of each row are from full precision's after every call, as SVG."""
+    """How far the latents of each row are from full precision's after every call, as SVG; relaxed calls are
+    shaded in the row's colour."""
     from matplotlib import rc_context
 
-    looks = [(hue, dashes) for dashes in ("-", "--", ":", "-.") for hue in HUES]
+    forced = any(row.forced for row in rows)
+    looks = [(hue, dashes) for dashes in (("-",) if forced else ("-", "--", ":", "-.")) for hue in HUES]
     with rc_context(STYLE):
         figure, axes = canvas(1, heights=(4.0,))
         for row, (hue, dashes) in zip(rows, looks, strict=False):
             calls = range(len(row.values))
             axes[0].plot(calls, row.values, dashes, color=hue, linewidth=1.6, label=row.name)
             axes[0].fill_between(calls, row.lo, row.hi, color=hue, alpha=0.15, linewidth=0)
+            shade(axes[0], row.relaxed, hue)
+            if row.forced:
+                label = f"{row.name}, each call from full precision's latents"
+                axes[0].plot(calls, row.forced, ":", color=hue, linewidth=1.6, label=label)
         axes[0].set_yscale("log")
         axes[0].set_title("error of the latents after every call, over the norm of full precision's")
         axes[0].set_xlabel("call (0 starts from pure noise)")
         axes[0].grid(axis="y", which="major", color=RULE, linewidth=0.6)
         axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False, fontsize=8)
         return svg_text(figure)
+
+
+def shade(axis: Any, relaxed: Sequence[int], hue: str) -> None:
+    """Mark calls whose activations have more bits."""
+    for call in relaxed:
+        axis.axvspan(call - 0.5, call + 0.5, color=hue, alpha=0.07, linewidth=0)
 
 
 def _per_call(sites: Sequence[SiteRange], title: str) -> Any:

@@ -6,7 +6,6 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -20,6 +19,7 @@ from halftone.passes import calibrate as reference
 from halftone.passes import progressive
 from halftone.passes.checkpoint import seed_of
 from halftone.passes.relax import relax_shared
+from halftone.passes.rollout import Runs, runs_of
 from halftone.passes.state import CalibrationState
 from halftone.passes.step_size import learn_step_sizes
 from halftone.passes.weights import quantize_weights
@@ -29,7 +29,7 @@ from halftone.relaxing import Relaxation, relaxed_calls
 from halftone.settings import Reconstruction
 from halftone.source import Source
 from halftone.steps.choice import Choice, check_same_model
-from halftone.trajectory import Trajectory, run_arguments
+from halftone.trajectory import Trajectory
 
 
 def calibrate(
@@ -87,6 +87,11 @@ def calibrate(
         made = reference.denoiser_calls(trajectory, choice.axes, batch_size, known.seed)
         if choice.axes.calibration_inputs is CalibrationInputs.PROGRESSIVE:
             batches = -(-trajectory.n_prompts // batch_size)
+
+            def noise(draw: int) -> Runs:
+                seed = known.seed if draw == 0 else seed_of("noise", known.seed, f"draw {draw}")
+                return runs_of(source.pipeline, trajectory, known, batch_size, seed=seed)
+
             made += progressive.denoiser_calls(choice.axes, trajectory.n_calls, batches)
             with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
                 activations = progressive.calibrate_progressively(
@@ -97,7 +102,7 @@ def calibrate(
                     trajectory,
                     choice.axes,
                     activations,
-                    lambda draw: _runs(source, trajectory, known, batch_size, draw),
+                    noise,
                     checkpoint=(work or Path(spare)) / "progressive",
                 )
         if learned:
@@ -122,29 +127,6 @@ def calibrate(
     return CalibrationState(
         dict(weights), activations, trajectory.timesteps, trajectory.noise_levels, relaxed, made
     )
-
-
-def _runs(
-    source: Source, trajectory: Trajectory, known: Provenance, batch_size: int, draw: int
-) -> list[tuple[range, dict[str, Any]]]:
-    """Of every batch of prompts: their places in the trajectory, and how the pipeline is run on them. The
-    denoiser takes its text from the trajectory, so the pipeline is given none. Noise draw 0 is the
-    recorded one."""
-    seed = known.seed if draw == 0 else seed_of("noise", known.seed, f"draw {draw}")
-    runs, output = [], {"output_type": "latent"} if hasattr(source.pipeline, "vae") else {}
-    for first in range(0, trajectory.n_prompts, batch_size):
-        ids = range(trajectory.n_prompts)[first : first + batch_size]
-        arguments = run_arguments(
-            source.pipeline,
-            ids,
-            [""] * len(ids),
-            steps=known.steps,
-            guidance=known.guidance,
-            resolution=known.resolution,
-            seed=seed,
-        )
-        runs.append((ids, {**arguments, **output}))
-    return runs
 
 
 @contextlib.contextmanager
