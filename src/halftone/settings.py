@@ -31,6 +31,13 @@ class Protocol(StrEnum):
     PAPER = "paper"
 
 
+class RowExecution(StrEnum):
+    """What runs a quantized row: fake quantization in float, or integer kernels on the CPU."""
+
+    SIMULATED = "simulated"
+    INTEGER = "integer"
+
+
 class PromptSet(StrEnum):
     CALIBRATION = "calibration"
     VALIDATION = "validation"
@@ -103,12 +110,17 @@ class Scenario(_Section):
     protocol: Protocol = Protocol.EQUAL
     tier: str
     axes: dict[str, Any] = Field(default_factory=dict, description="axes of the recipe to override")
+    execution: RowExecution = Field(
+        RowExecution.SIMULATED, description="what samples its images: simulated, or integer, on the CPU"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:
         if self.recipe == FULL_PRECISION:
             if self.bits or self.axes:
                 raise ValueError("the full-precision row takes no bits and no axes")
+            if "execution" in self.model_fields_set:
+                raise ValueError("the full-precision row takes no execution; it is float")
         else:
             resolve(self.recipe, self.axes)
             if self.bits is None:

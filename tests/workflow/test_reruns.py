@@ -131,6 +131,11 @@ def test_axes_are_part_of_the_recipe(tree: Path) -> None:
     check(plan(tree, config), {f"calibrate {MINMAX}"})
 
 
+def test_execution_is_a_matter_of_sampling(tree: Path) -> None:
+    check(plan(tree, changed(f"scenarios.{MINMAX}.execution", "integer")), {f"sample {MINMAX}"})
+    check(plan(tree, changed(f"scenarios.{MINMAX}.execution", "simulated")), set())
+
+
 def test_swapped_values_are_seen(tree: Path) -> None:
     """Snakemake compares a job's parameters as a set; each of ours is one string with names in it."""
     config = copy.deepcopy(PARAMS)

@@ -11,7 +11,7 @@ import shlex
 from typing import Any
 
 from halftone.recipes import StepSize
-from halftone.settings import Model, Scenario, Settings
+from halftone.settings import Model, RowExecution, Scenario, Settings
 from halftone.workflow import paths
 from halftone.workflow.paths import Rule
 
@@ -79,6 +79,8 @@ def _sample(settings: Settings, key: str) -> list[str]:
     tier = settings.tiers[row.tier]
     seeds = {"seed_a": how.seed_a} if tier.paired else {"seed_a": how.seed_a, "seed_b": how.seed_b}
     flags = _flags(n_images=tier.n_images, **seeds, name=key)
+    if row.execution is RowExecution.INTEGER:
+        flags += _flags(execution=row.execution)
     return [*source, *flags, *(["--paired"] if tier.paired else [])]
 
 
