@@ -18,8 +18,10 @@ from halftone.analysis import resolve
 from halftone.artefact.write import write
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
+from halftone.plan import Plan
 from halftone.prompts import read_prompts
 from halftone.quantizers.bits import Bits
+from halftone.relaxing import Interval
 from halftone.settings import Budget, Calibration, Protocol, Reconstruction
 from halftone.skeleton import skeleton_of
 from halftone.source import Source, load_source
@@ -27,6 +29,7 @@ from halftone.steps.calibrate import calibrate
 from halftone.steps.choice import choose
 from halftone.steps.reconstruct import reconstruct
 from halftone.steps.record import record
+from halftone.steps.sensitivity import sensitivity
 
 IN_MEMORY = "in memory"
 
@@ -66,14 +69,19 @@ def quantize(
     trajectory, known = record(
         source, texts, steps=steps, guidance=guidance, resolution=resolution, seed=seed, batch_size=batch_size
     )
-    plan = resolve(
-        skeleton,
-        recipe=choice.recipe,
-        axes=choice.axes,
-        bits=choice.bits,
-        protocol=choice.protocol,
-        calls=trajectory.n_calls,
-    )
+
+    def planned(relaxed: tuple[int, ...] | None = None) -> Plan:
+        return resolve(
+            skeleton,
+            recipe=choice.recipe,
+            axes=choice.axes,
+            bits=choice.bits,
+            protocol=choice.protocol,
+            calls=trajectory.n_calls,
+            relaxed=relaxed,
+        )
+
+    planned()  # what cannot be planned is told before time is spent
     work = output.with_name(f".{output.name}.work")
     weights = None
     how = Reconstruction(budget=Budget(budget))
@@ -83,11 +91,17 @@ def quantize(
         )
         weights = learned.weights
     work.mkdir(parents=True, exist_ok=True)
-    state = calibrate(
-        source, trajectory, known, choice, weights=weights, batch_size=batch_size, how=how, work=work
-    )
+    how_calibrated: dict[str, Any] = {"weights": weights, "batch_size": batch_size, "how": how}
+    relaxed = None
+    if choice.axes.relaxing == Interval.AUTO:
+        (work / "sensitivity").mkdir(exist_ok=True)
+        measured = sensitivity(
+            source, trajectory, known, choice, **how_calibrated, work=work / "sensitivity"
+        )
+        relaxed = measured.relaxed_calls
+    state = calibrate(source, trajectory, known, choice, **how_calibrated, work=work, relaxed=relaxed)
     state.save(work / "state.safetensors", choice.describe(known))
-    write(output, work / "state.safetensors", plan, source, trajectory=trajectory)
+    write(output, work / "state.safetensors", planned(state.relaxed_calls), source, trajectory=trajectory)
     shutil.rmtree(work)
     return output
 

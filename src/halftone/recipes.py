@@ -131,6 +131,12 @@ class Axes(BaseModel):
         "or {calls: [...]}",
     )
     relaxed_bits: int = Field(10, ge=LOWEST, le=HIGHEST, description="activation bits of relaxed calls")
+    relaxed_budget: float | None = Field(
+        None,
+        gt=0,
+        le=HIGHEST,
+        description="relaxing auto: bits that it may add to the average activation; null: those of near_x0",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Axes:

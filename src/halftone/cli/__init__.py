@@ -26,6 +26,7 @@ from halftone.cli import (
     reconstruct,
     report,
     sample,
+    sensitivity,
     summary,
     verdicts,
     whole,
@@ -99,6 +100,7 @@ VERBS: dict[str, dict[str, Verb]] = {
     STEPS: {
         "calibration-data": calibration_data.verb,
         "reconstruct": reconstruct.verb,
+        "sensitivity": sensitivity.verb,
         "calibrate": calibrate.verb,
         "analyze": analyze.verb,
         "export": export.verb,

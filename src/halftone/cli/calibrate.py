@@ -5,15 +5,20 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halftone import tracking
 from halftone.cli import options
 from halftone.errors import UserError
-from halftone.recipes import Rounding
+from halftone.recipes import Axes, Rounding
+from halftone.relaxing import Interval
 from halftone.settings import Protocol, Reconstruction
+
+if TYPE_CHECKING:
+    from halftone.layers import WeightCodes
+    from halftone.provenance import Provenance
 
 
 def verb(
@@ -25,6 +30,10 @@ def verb(
     weights: Annotated[
         Path | None,
         typer.Option(help="Of reconstruct, for a recipe that learns its rounding.", show_default=False),
+    ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(help="sensitivity.json, for a recipe with relaxing: auto.", show_default=False),
     ] = None,
     revision: options.Revision = None,
     axes: options.AxesOption = None,
@@ -45,17 +54,17 @@ def verb(
     started = time.time()
     options.model(model, revision)
     resolved, width = options.axes(recipe, axes), options.bits(bits)
-    learned = resolved.rounding is not Rounding.NEAREST
-    if learned and weights is None:
+    check_weights(weights, recipe, resolved)
+    auto = resolved.relaxing == Interval.AUTO
+    if auto and sensitivity is None:
         raise UserError(
-            f"recipe {recipe} learns its rounding: add --weights, made with `halftone reconstruct`"
+            f"recipe {recipe} with relaxing auto: add --sensitivity, made with `halftone sensitivity`"
         )
-    if weights is not None and not learned:
-        raise UserError(f"recipe {recipe} rounds weights to nearest: leave --weights out")
+    if sensitivity is not None and not auto:
+        raise UserError(f"recipe {recipe}: relaxing is not auto: leave --sensitivity out")
     options.existing(data, "calibration-data")
 
-    from halftone.passes.reconstructed import load
-    from halftone.provenance import Provenance
+    from halftone.sensitivity import Sensitivity
     from halftone.source import load_source
     from halftone.steps.calibrate import calibrate
     from halftone.steps.choice import Choice
@@ -64,14 +73,15 @@ def verb(
     trajectory, known = Trajectory.load(data)
     choice = Choice(recipe, resolved, width, protocol)
     chosen = choice.describe(known)
-    codes = None
-    if weights is not None:
-        found, metadata = load(options.existing(weights, "reconstruct"))
-        if Provenance.from_metadata(metadata, weights) != chosen:
+    codes = codes_of(weights, chosen)
+    relaxed = None
+    if sensitivity is not None:
+        measured = Sensitivity.load(options.existing(sensitivity, "sensitivity"))
+        if measured.made_for != chosen:
             raise UserError(
-                f"{weights}: was made for another model, trajectory, recipe or bits; reconstruct again"
+                f"{sensitivity}: was made for another model, trajectory, recipe or bits; measure again"
             )
-        codes = found.weights
+        relaxed = measured.relaxed_calls
     work = options.scratch(scratch, output)
     work.mkdir(parents=True, exist_ok=True)
     state = calibrate(
@@ -83,6 +93,7 @@ def verb(
         batch_size=batch_size,
         how=Reconstruction(budget=budget, batch_size=unit_batch_size, cache_mib=cache_mib),
         work=work,
+        relaxed=relaxed,
     )
     state.save(output, chosen)
     shutil.rmtree(work, ignore_errors=True)
@@ -100,3 +111,29 @@ def verb(
             started=started,
         )
     )
+
+
+def check_weights(weights: Path | None, recipe: str, axes: Axes) -> None:
+    """Raises UserError for reconstructed weights that the recipe needs and has not, or has and needs not."""
+    learned = axes.rounding is not Rounding.NEAREST
+    if learned and weights is None:
+        raise UserError(
+            f"recipe {recipe} learns its rounding: add --weights, made with `halftone reconstruct`"
+        )
+    if weights is not None and not learned:
+        raise UserError(f"recipe {recipe} rounds weights to nearest: leave --weights out")
+
+
+def codes_of(weights: Path | None, chosen: Provenance) -> dict[str, WeightCodes] | None:
+    """Reconstructed weights, if any. Raises UserError for those of another row."""
+    from halftone.passes.reconstructed import load
+    from halftone.provenance import Provenance
+
+    if weights is None:
+        return None
+    found, metadata = load(options.existing(weights, "reconstruct"))
+    if Provenance.from_metadata(metadata, weights) != chosen:
+        raise UserError(
+            f"{weights}: was made for another model, trajectory, recipe or bits; reconstruct again"
+        )
+    return found.weights

@@ -25,7 +25,7 @@ from halftone.passes.step_size import learn_step_sizes
 from halftone.passes.weights import quantize_weights
 from halftone.provenance import Provenance
 from halftone.recipes import CalibrationInputs, StepSize, TimeAxis
-from halftone.relaxing import Relaxation, relaxed_calls
+from halftone.relaxing import Interval, Relaxation, relaxed_calls
 from halftone.settings import Reconstruction
 from halftone.source import Source
 from halftone.steps.choice import Choice, check_same_model
@@ -42,9 +42,11 @@ def calibrate(
     batch_size: int = 16,
     how: Reconstruction | None = None,
     work: Path | None = None,
+    relaxed: tuple[int, ...] | None = None,
 ) -> CalibrationState:
     """Weight codes and activation parameters. `weights`: reconstructed ones, for a recipe that learns its
-    rounding. `how`: of step-size learning, for a recipe that learns its scales.
+    rounding. `how`: of step-size learning, for a recipe that learns its scales. `relaxed`: the calls that
+    the step `sensitivity` chose, for a recipe that leaves that to it.
 
     The denoiser is wrapped meanwhile and handed back as it was. `work`: a folder from which an interrupted
     run goes on; the caller removes it. Without one nothing is kept on the way.
@@ -57,6 +59,9 @@ def calibrate(
             else "rounds weights to nearest and takes none"
         )
         raise UserError(f"recipe {choice.recipe}: {needs}; run reconstruct, or set the axis `rounding`")
+    if (choice.axes.relaxing == Interval.AUTO) != (relaxed is not None):
+        needs = "is not auto and takes no choice" if relaxed is not None else "auto needs a choice"
+        raise UserError(f"recipe {choice.recipe}: relaxing {needs}; run sensitivity, or set the axis")
     denoiser = denoiser_of(source.pipeline).to(device.best())
     found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut)
     if weights is None:
@@ -64,7 +69,8 @@ def calibrate(
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     per_call = choice.axes.time_axis is TimeAxis.PER_CALL
     slots = trajectory.n_calls if per_call else 1
-    relaxed = relaxed_calls(choice.axes.relaxing, trajectory.n_calls)
+    if relaxed is None:
+        relaxed = relaxed_calls(choice.axes.relaxing, trajectory.n_calls)
     relaxation = Relaxation(relaxed, choice.axes.relaxed_bits) if relaxed else None
     with restored(denoiser):
         dynamic = choice.axes.time_axis is TimeAxis.DYNAMIC
