@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from halftone.cli import options
 from halftone.errors import UserError
 from halftone.files import read_json
+
+if TYPE_CHECKING:
+    from halftone.compare import Change
 
 
 def evaluate(
@@ -94,14 +98,28 @@ def _step(verb: str, *words: str) -> None:
 
 def compare(
     first: Annotated[
-        str, typer.Argument(help="Scenario, its metrics file, or an artefact.", show_default=False)
+        str,
+        typer.Argument(help="Scenario, its metrics file, artefact, or zip of images.", show_default=False),
     ],
     second: Annotated[
         str, typer.Argument(help="What to compare it with, of the same kind.", show_default=False)
     ],
+    full: Annotated[
+        Path | None, typer.Option(help="Of two zips: the zip of full precision.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Of two zips: their prompts.", show_default=False)
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="Of two zips: network of the perceptual distance, scenes or inception.")
+    ] = options.METRICS.features,
 ) -> None:
-    """Compare two rows figure by figure, with paired intervals; or two artefacts setting by setting."""
-    if Path(first).is_dir() and Path(second).is_dir():
+    """Compare two rows figure by figure, with paired intervals; two artefacts setting by setting; or two zips
+    of images, of two executions say, image by image.
+    """
+    if first.endswith(".zip") and second.endswith(".zip"):
+        _images(Path(first), Path(second), full, prompts, features)
+    elif Path(first).is_dir() and Path(second).is_dir():
         _artefacts(Path(first), Path(second))
     else:
         _rows(_metrics(first), _metrics(second))
@@ -131,9 +149,30 @@ def _artefacts(first: Path, second: Path) -> None:
 def _rows(first: Path, second: Path) -> None:
     from halftone.compare import changes
 
-    width = max(12, len(first.stem), len(second.stem))
-    print(f"{'':18} {first.stem:>{width}} {second.stem:>{width}}   second minus first, 95 %")
-    for one in changes(first, second):
+    _table(first.stem, second.stem, changes(first, second))
+
+
+def _images(first: Path, second: Path, full: Path | None, prompts: Path | None, features: str) -> None:
+    if full is None or prompts is None:
+        raise UserError("compare: two zips need --full, the zip of full precision, and --prompts")
+    for path in (first, second, full):
+        options.existing(path, "sample")
+    options.prompts(prompts, None)
+
+    from halftone.compare_images import RARE, compare_images
+    from halftone.evaluate.features import open_network
+
+    found = compare_images(first, second, full, prompts, open_network(features))
+    _table("first", "second", found.changes)
+    print(f"{found.identical} of {found.count} images identical")
+    print(f"PSNR between them: median {found.psnr_median:.1f} dB, {RARE}th percentile {found.psnr_rare:.1f} dB")
+    print(f"not distinguishable in {', '.join(c.name for c in found.changes if not c.clear) or 'nothing'}")
+
+
+def _table(first: str, second: str, changes: Iterable[Change]) -> None:
+    width = max(12, len(first), len(second))
+    print(f"{'':18} {first:>{width}} {second:>{width}}   second minus first, 95 %")
+    for one in changes:
         interval = f"{one.change:+.4g} ({one.low:+.4g} to {one.high:+.4g}){'  *' if one.clear else ''}"
         print(f"{one.name:18} {one.first:{width}.4g} {one.second:{width}.4g}   {interval}")
     print("* clear: the interval leaves out zero")
