@@ -37,7 +37,7 @@ IN_MEMORY = "in memory"
 def quantize(
     model: Any,
     recipe: str,
-    prompts: Sequence[str] | Path | str,
+    prompts: Sequence[str] | Path | str | None,
     output: Path | str,
     *,
     bits: str | Bits = "w4a8",
@@ -46,7 +46,7 @@ def quantize(
     revision: str | None = None,
     n_prompts: int | None = None,
     steps: int = 25,
-    guidance: float = 7.5,
+    guidance: float | None = None,
     resolution: int | None = None,
     budget: Budget | str = Budget.FAST,
     batch_size: int = 16,
@@ -56,13 +56,14 @@ def quantize(
 
     model: a diffusers pipeline, which is handed back as it was, or what `load_source` takes: a diffusers
     folder, a hub id with `revision`, a `.safetensors` file. prompts: calibration prompts, or a file with one
-    a line; the first `n_prompts` are used (default: 16, or all there are). steps, guidance, resolution: of
-    the sampling that is calibrated for. A folder `.{output}.work` beside the artefact holds the steps'
-    checkpoints until it is written, so that the same call goes on after an interruption. Raises UserError.
+    a line; the first `n_prompts` are used (default: 16, or all there are). None for a model without text,
+    which is calibrated on `n_prompts` images. steps, guidance, resolution: of the sampling that is calibrated
+    for (guidance by default 7.5; none without text). A folder `.{output}.work` beside the artefact holds the
+    steps' checkpoints until it is written, so that the same call goes on after an interruption. Raises
+    UserError.
     """
     choice = choose(recipe, bits, axes, protocol)
-    texts = read_prompts(prompts) if isinstance(prompts, str | Path) else list(prompts)
-    texts = _first(texts, n_prompts)
+    texts = _first(prompts, n_prompts)
     output = Path(output)
     source = load_source(model, revision) if isinstance(model, str | Path) else source_of(model)
     skeleton = skeleton_of(source.pipeline, resolution)
@@ -95,9 +96,7 @@ def quantize(
     relaxed = None
     if choice.axes.relaxing == Interval.AUTO:
         (work / "sensitivity").mkdir(exist_ok=True)
-        measured = sensitivity(
-            source, trajectory, known, choice, **how_calibrated, work=work / "sensitivity"
-        )
+        measured = sensitivity(source, trajectory, known, choice, **how_calibrated, work=work / "sensitivity")
         relaxed = measured.relaxed_calls
     state = calibrate(source, trajectory, known, choice, **how_calibrated, work=work, relaxed=relaxed)
     state.save(work / "state.safetensors", choice.describe(known))
@@ -122,7 +121,12 @@ def _state_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _first(prompts: Sequence[str], count: int | None) -> list[str]:
+def _first(prompts: Sequence[str] | Path | str | None, count: int | None) -> list[str] | int:
+    """The first prompts; of a model without text, how many images."""
+    if prompts is None:
+        return Calibration().n_prompts if count is None else count
+    if isinstance(prompts, str | Path):
+        prompts = read_prompts(prompts)
     wanted = min(Calibration().n_prompts, len(prompts)) if count is None else count
     if wanted > len(prompts):
         raise UserError(

@@ -39,7 +39,9 @@ COLUMNS = (
     Column("scenario", "id of the row: model, recipe, bits and tier"),
     Column("recipe", "how it was quantized; fp is full precision, fp-floor the same model on other noise"),
     Column("protocol", "equal: the same sites for every recipe; paper: those its authors quantize"),
-    Column("tier", "which prompts and how many images; rows of different tiers are never compared"),
+    Column(
+        "tier", "which prompts or noise, how many images; rows of different tiers are never compared"
+    ),
     Column("execution", "float, simulated (fake quantization in float) or integer (integer kernels)"),
     Column("weight_bits", "width of the quantized weights"),
     Column("act_bits", "width of the quantized activations"),
@@ -69,7 +71,7 @@ COLUMNS = (
     Column("sample_seconds", "wall time of sampling all images of both seed sets", _DOWN),
     Column("peak_mib", "largest resident memory of any step of the row, in MiB", _DOWN),
     Column("seed", "seed of everything that is not image noise"),
-    Column("prompts_sha256", "hash of the prompts"),
+    Column("prompts_sha256", "hash of the prompts, or of what stands for them in a model without text"),
     Column("features", "feature network of the distribution distances"),
     Column("artefact_sha256", "hash of the artefact that the images were sampled from"),
 )

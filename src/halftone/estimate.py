@@ -16,6 +16,7 @@ from pathlib import Path
 
 from halftone.passes.schedule import SCHEDULES, STEP_SIZES
 from halftone.recipes import CalibrationInputs, StepSize
+from halftone.sensitivity import WINDOWS
 from halftone.settings import Settings
 from halftone.workflow.paths import TIMINGS, Rule, applies, outputs
 
@@ -24,6 +25,7 @@ MIB = 2**20
 _START_UP = {
     Rule.CALIBRATION_DATA: 9.0,
     Rule.RECONSTRUCT: 9.0,
+    Rule.SENSITIVITY: 9.0,
     Rule.CALIBRATE: 9.0,
     Rule.ANALYZE: 8.0,
     Rule.EXPORT: 8.0,
@@ -96,16 +98,18 @@ def _work(settings: Settings, rule: Rule, key: str, speed: float) -> float:
     else:
         return 0.0
     model = settings.models[name]
-    halves = 2 if model.guidance > 1 else 1
+    halves = 2 if (model.guidance_scale or 0) > 1 else 1
     macs = denoiser_macs(model.path, model.resolution)
     passes = model.steps * halves * macs
     if rule is Rule.CALIBRATION_DATA:
         return settings.calibration.n_prompts * passes / speed
-    if rule is Rule.CALIBRATE:
+    if rule in (Rule.CALIBRATE, Rule.SENSITIVITY):
         observing = settings.calibration.n_prompts * passes * _SIMULATED / speed
         axes = settings.scenarios[key].resolved_axes()
         if axes.calibration_inputs is CalibrationInputs.PROGRESSIVE:
             observing *= 3  # one pass over the reference trajectory, then two calls where that has one
+        if rule is Rule.SENSITIVITY:  # a window costs half a run, restored and disturbed
+            observing += settings.calibration.n_prompts * passes * (3 + WINDOWS) * _SIMULATED / speed
         if axes.step_size is not StepSize.LEARNED:
             return observing
         iterations = STEP_SIZES[settings.reconstruction.budget].iterations

@@ -35,9 +35,9 @@ class Provenance(BaseModel):
     denoiser_class: str
     scheduler: dict[str, Any] = Field(description="class and config")
     steps: int
-    guidance: float
+    guidance: float | None = Field(description="None for a model without text")
     resolution: int | None = Field(None, description="pixels; None for the model's own")
-    prompts_sha256: str
+    prompts_sha256: str = Field(description="of calibration prompts, or of what stands for them")
     n_prompts: int
     seed: int
     halftone: str = Field(description="version")
@@ -72,7 +72,7 @@ def describe(
     model_sha256: str,
     prompts: Sequence[str],
     steps: int,
-    guidance: float,
+    guidance: float | None,
     resolution: int | None,
     seed: int,
 ) -> Provenance:

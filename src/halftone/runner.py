@@ -15,7 +15,7 @@ from halftone import estimate, tracking
 from halftone.errors import UserError
 from halftone.files import read_json
 from halftone.progress import LOG_SECONDS, TERMINAL_SECONDS, clock
-from halftone.settings import Settings
+from halftone.settings import PromptSet, Settings
 from halftone.workflow import config, invoke, models, records
 from halftone.workflow.paths import GRID, METRICS, REPORT, SUMMARY
 
@@ -57,9 +57,10 @@ def _check(settings: Settings, profile: Path) -> None:
     for row in settings.rows():
         scenario = settings.scenarios[row]
         models.files(settings.models[scenario.model])
-        prompts = settings.prompts[settings.tiers[scenario.tier].prompts]
-        for path in (prompts, settings.prompts["calibration"]):  # type: ignore[index]
-            if not Path(path).is_file():
+        models.real_files(settings.models[scenario.model])
+        for kind in (settings.tiers[scenario.tier].prompts, PromptSet.CALIBRATION):
+            path = settings.prompt_file(scenario.model, kind)
+            if path is not None and not Path(path).is_file():
                 raise UserError(f"{path}: no such prompt file; correct prompts in params.yaml")
     records.check(settings)
 

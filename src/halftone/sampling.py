@@ -1,4 +1,5 @@
 """Images for figures: every prompt once in seed set A and once in B, from an artefact or a float model.
+A model without text draws numbered images instead (`halftone.unconditional`).
 
 An image depends on its prompt, its id and its seed, and on nothing beside it: not on how many images are
 asked for, in which order, or in how many shards. Its noise comes from a generator of its own. And since
@@ -35,9 +36,11 @@ from halftone.progress import Progress
 from halftone.prompts import check_lengths, prompts_sha256, read_prompts
 from halftone.recipes import FULL_PRECISION
 from halftone.runtime.integer import execution_of
+from halftone.settings import PromptSet
 from halftone.shards import Pixels, SeedSet, ShardIndex, read_shard, slice_of, write_shard
 from halftone.source import load_source
 from halftone.trajectory import run_arguments
+from halftone.unconditional import check_text, first_id, guidance_of, numbered, takes_text
 
 __all__ = ["SeedSet", "Subject", "lanes", "load_subject", "read_shard", "sample", "sample_shard"]
 
@@ -53,7 +56,7 @@ class Subject:
 
     pipeline: Any
     steps: int
-    guidance: float
+    guidance: float | None
     resolution: int | None
     model: str
     model_sha256: str
@@ -76,7 +79,8 @@ def load_subject(
     """The artefact at `path`, or the full-precision model (recipe fp, execution float).
 
     device: by default CUDA where there is one. An artefact brings its steps, guidance and resolution; others
-    may be asked for, and the images are labelled with them. A model needs steps and guidance. execution: of
+    may be asked for, and the images are labelled with them. A model needs steps, and guidance if it takes
+    prompts. execution: of
     an artefact; the images are labelled integer only if none of its quantized modules had to be simulated.
     Raises UserError for a bad path or missing settings.
     """
@@ -89,7 +93,7 @@ def load_subject(
         return Subject(
             pipeline,
             facts.steps if steps is None else steps,
-            facts.guidance if guidance is None else guidance,
+            guidance_of(pipeline, guidance, default=facts.guidance),
             facts.resolution if resolution is None else resolution,
             facts.model_path,
             facts.model_sha256,
@@ -100,9 +104,12 @@ def load_subject(
         )
     if execution is Execution.INTEGER:
         raise UserError(f"{path}: is a full-precision model; only an artefact runs in integers")
-    if steps is None or guidance is None:
+    if steps is None:
         raise UserError(f"{path}: a full-precision model needs --steps and --guidance")
     source = load_source(path, revision)
+    guidance = guidance_of(source.pipeline, guidance, default=None)
+    if guidance is None and takes_text(source.pipeline):
+        raise UserError(f"{path}: a full-precision model needs --steps and --guidance")
     source.pipeline.to(device)
     label = source.path if source.revision is None else f"{source.path}@{source.revision}"
     return Subject(
@@ -134,8 +141,11 @@ def sample(
     ids: Sequence[int],
     seed: int,
     latents: list[Latents] | None = None,
+    image_set: PromptSet | None = None,
 ) -> Iterator[Pixels]:
     """Images uint8 (height, width, 3) of `prompts[k]` for k in `ids`, in order, with the noise of `seed`.
+
+    image_set: of a model without text, which numbered images these are.
 
     latents: a list that gets, for every image, what each step of the scheduler handed on: (calls, channels,
     height, width).
@@ -148,14 +158,16 @@ def sample(
         run = wanted + wanted[-1:] * (at_once - len(wanted))
         arguments = run_arguments(
             pipeline,
-            run,
+            [first_id(image_set) + k for k in run],
             [prompts[k] for k in run],
             steps=subject.steps,
             guidance=subject.guidance,
             resolution=subject.resolution,
             seed=seed,
         )
-        where = f"prompts {wanted[0] + 1} to {wanted[-1] + 1}, seed {seed}"
+        where = (
+            f"{'prompts' if image_set is None else 'images'} {wanted[0] + 1} to {wanted[-1] + 1}, seed {seed}"
+        )
         watched: contextlib.AbstractContextManager[list[Latents]] = contextlib.nullcontext([])
         if latents is not None:
             watched = _steps(pipeline)
@@ -169,7 +181,7 @@ def sample(
 def sample_shard(
     output: Path | str,
     subject: Subject,
-    prompts: Path | str,
+    prompts: Path | str | None,
     *,
     n_images: int,
     shard: int = 0,
@@ -177,23 +189,28 @@ def sample_shard(
     seed_a: int = 1,
     seed_b: int = 2,
     paired: bool = False,
+    image_set: PromptSet = PromptSet.VALIDATION,
 ) -> ShardIndex:
     """Sample one shard of `n_images` prompts of a file, both seed sets, and write it; returns its index.
 
-    paired: seed set A only, with the latents of every call.
+    prompts: None for a model without text, which draws the first `n_images` of `image_set`. paired: seed set
+    A only, with the latents of every call.
     Raises UserError, and writes nothing, for prompts that are too few or would be cut, seed sets that are not
     disjoint, or images that hold NaN.
     """
-    lines = read_prompts(prompts)
+    check_text(subject.pipeline, prompts is not None)
+    lines = numbered(image_set, n_images) if prompts is None else read_prompts(prompts)
+    drawn = image_set if prompts is None else None
     if n_images > len(lines):
         raise UserError(f"{prompts}: {n_images} images need as many prompts, the file holds {len(lines)}")
     if seed_a == seed_b and not paired:
         raise UserError(f"seed {seed_a} is given to both seed sets; they must differ")
     ids = slice_of(n_images, shard, n_shards)
-    check_lengths(lines[:n_images], subject.pipeline, prompts)
+    if prompts is not None:
+        check_lengths(lines[:n_images], subject.pipeline, prompts)
     seeds = {SeedSet.A: seed_a} if paired else {SeedSet.A: seed_a, SeedSet.B: seed_b}
     latents: list[Latents] | None = [] if paired else None
-    images = _seed_sets(subject, lines, ids, seeds, latents)
+    images = _seed_sets(subject, lines, ids, seeds, latents, drawn)
     first = next(images)
     height, width, _ = first[2].shape
     index = ShardIndex(
@@ -213,6 +230,7 @@ def sample_shard(
         recipe=subject.recipe,
         bits=subject.bits,
         prompts_sha256=prompts_sha256(lines),
+        image_set=drawn,
         steps=subject.steps,
         guidance=subject.guidance,
         lanes=lanes(subject.pipeline, subject.resolution),
@@ -231,11 +249,13 @@ def _seed_sets(
     ids: range,
     seeds: dict[SeedSet, int],
     latents: list[Latents] | None,
+    image_set: PromptSet | None,
 ) -> Iterator[tuple[SeedSet, int, Pixels]]:
     progress = Progress("sample", len(seeds) * len(ids))
     started = time.monotonic()
     for seed_set, seed in seeds.items():
-        for prompt, image in zip(ids, sample(subject, prompts, ids, seed, latents), strict=True):
+        drawn = sample(subject, prompts, ids, seed, latents, image_set)
+        for prompt, image in zip(ids, drawn, strict=True):
             progress.advance(note=f"{(progress.done + 1) / (time.monotonic() - started):.2f} images/s")
             yield seed_set, prompt, image
 

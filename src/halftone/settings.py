@@ -19,6 +19,9 @@ from halftone.errors import UserError
 from halftone.quantizers.bits import Bits
 from halftone.recipes import FULL_PRECISION, Axes, resolve
 
+GUIDANCE = 7.5
+RENDERS = "scenes"  # real images that are rendered as they are needed
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,12 +61,35 @@ class Model(_Section):
     path: str = Field(description="diffusers folder, hub id, or single .safetensors file")
     revision: str | None = Field(None, description="hub revision; needed for a hub id")
     steps: int = Field(25, ge=1, le=1000, description="inference steps of the sampler")
-    guidance: float = Field(7.5, ge=0, le=50, description="classifier-free guidance scale")
+    guidance: float = Field(GUIDANCE, ge=0, le=50, description="classifier-free guidance scale")
     resolution: int = Field(64, ge=8, le=4096, multiple_of=8, description="image height and width, in pixels")
+    unconditional: bool = Field(
+        False, description="draws without a prompt: its images are numbered, and guidance does not apply"
+    )
+    real_images: str | None = Field(
+        None,
+        description="what fid_to_real compares with: a folder or zip of images, or `scenes`: renders at "
+        "32x32, for an unconditional model (captions of scenes have their renders anyway)",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Model:
+        if self.unconditional and "guidance" in self.model_fields_set:
+            raise ValueError("guidance does not apply to an unconditional model; remove it")
+        if self.real_images == RENDERS and not self.unconditional:
+            raise ValueError("captions of scenes have their renders anyway; remove real_images")
+        return self
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """None for an unconditional model."""
+        return None if self.unconditional else self.guidance
 
 
 class Tier(_Section):
-    prompts: PromptSet = Field(description="prompt set that images are sampled for")
+    prompts: PromptSet = Field(
+        description="prompt set that images are sampled for; of an unconditional model, the set of noise"
+    )
     n_images: int = Field(ge=1, le=100_000, description="images per row and seed set")
     paired: bool = Field(
         False, description="seed set A only, and the latents of every call: paired figures, no distances"
@@ -72,7 +98,7 @@ class Tier(_Section):
 
 class Calibration(_Section):
     n_prompts: int = Field(
-        16, ge=1, le=10_000, description="calibration prompts used, from the top of the file"
+        16, ge=1, le=10_000, description="calibration prompts used, from the top of the file; or images"
     )
     batch_size: int = Field(16, ge=1, le=4096, description="prompts per denoiser call")
 
@@ -139,7 +165,9 @@ class Settings(_Section):
     seed: int = Field(0, ge=0, description="seed of everything that is not image noise")
     tier: str = Field(description="which rows the default target builds")
     models: dict[str, Model] = Field(min_length=1)
-    prompts: dict[PromptSet, str]
+    prompts: dict[PromptSet, str] = Field(
+        default_factory=dict, description="prompt files; none for unconditional models"
+    )
     tiers: dict[str, Tier]
     calibration: Calibration = Calibration()
     reconstruction: Reconstruction = Reconstruction()
@@ -154,16 +182,12 @@ class Settings(_Section):
                 raise ValueError(f"id {name!r}: use lower-case letters, digits, '-' and '_' only")
         if self.tier not in self.tiers:
             raise ValueError(f"tier {self.tier!r} is not among tiers: {', '.join(self.tiers)}")
-        if PromptSet.CALIBRATION not in self.prompts:
-            raise ValueError("prompts.calibration is missing: name the file of calibration prompts")
-        for name, tier in self.tiers.items():
-            if tier.prompts not in self.prompts:
-                raise ValueError(f"tiers.{name}.prompts: prompts.{tier.prompts} names no file")
         for name, scenario in self.scenarios.items():
             if scenario.model not in self.models:
                 raise ValueError(f"scenarios.{name}.model {scenario.model!r} is not among models")
             if scenario.tier not in self.tiers:
                 raise ValueError(f"scenarios.{name}.tier {scenario.tier!r} is not among tiers")
+        self._check_prompts()
         for model, tier_name in {(s.model, s.tier) for s in self.scenarios.values()}:
             rows = [s for s in self.scenarios.values() if (s.model, s.tier) == (model, tier_name)]
             if sum(not s.quantized for s in rows) != 1:
@@ -171,6 +195,22 @@ class Settings(_Section):
                     f"tier {tier_name!r} needs exactly one scenario with recipe fp for model {model!r}"
                 )
         return self
+
+    def _check_prompts(self) -> None:
+        """Every prompt set that a model with text is to draw must have its file."""
+        if PromptSet.CALIBRATION not in self.prompts and not all(
+            m.unconditional for m in self.models.values()
+        ):
+            raise ValueError("prompts.calibration is missing: name the file of calibration prompts")
+        unprompted = {s.tier for s in self.scenarios.values() if self.models[s.model].unconditional}
+        prompted = {s.tier for s in self.scenarios.values() if not self.models[s.model].unconditional}
+        for name, tier in self.tiers.items():
+            if tier.prompts not in self.prompts and name not in unprompted - prompted:
+                raise ValueError(f"tiers.{name}.prompts: prompts.{tier.prompts} names no file")
+
+    def prompt_file(self, model: str, prompts: PromptSet) -> str | None:
+        """The file of a prompt set; None for an unconditional model."""
+        return None if self.models[model].unconditional else self.prompts[prompts]
 
     def rows(self, tier: str | None = None) -> list[str]:
         """Scenario ids of a tier (the selected one by default), in the order of the file."""

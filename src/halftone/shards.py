@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from halftone.errors import UserError
 from halftone.files import writing
 from halftone.plan import Execution
+from halftone.settings import PromptSet
 
 Pixels = NDArray[np.uint8]
 _INDEX, _LATENTS = "index.json", "a/latents.npy"
@@ -48,7 +49,9 @@ class ShardIndex(BaseModel):
     shard: int = Field(ge=0)
     n_shards: int = Field(ge=1)
     first: int = Field(
-        ge=0, le=1 << 40, description="id of the first prompt; ids are lines of the prompt file, from 0"
+        ge=0,
+        le=1 << 40,
+        description="id of the first prompt: its line in the file, or number in its set, from 0",
     )
     count: int = Field(ge=1, le=1 << 20, description="prompts of this shard")
     n_images: int = Field(ge=1, description="images of all shards, per seed set")
@@ -61,9 +64,10 @@ class ShardIndex(BaseModel):
     execution: Execution
     recipe: str
     bits: str | None
-    prompts_sha256: str = Field(description="of all lines of the prompt file")
+    prompts_sha256: str = Field(description="of all lines of the prompt file, or of what stands for them")
+    image_set: PromptSet | None = Field(None, description="of a model without text: which images these are")
     steps: int
-    guidance: float
+    guidance: float | None
     lanes: int = Field(ge=1, description="images the model was run on at once")
     latent_calls: int = Field(0, ge=0, le=10_000, description="calls whose latents are kept; 0: none")
     scheduler: str

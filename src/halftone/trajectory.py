@@ -22,6 +22,7 @@ from halftone.errors import UserError
 from halftone.files import writing
 from halftone.progress import Progress
 from halftone.provenance import Provenance
+from halftone.unconditional import check_call
 
 Tensors = dict[str, Tensor]
 
@@ -136,7 +137,7 @@ def run_arguments(
     prompts: Sequence[str],
     *,
     steps: int,
-    guidance: float,
+    guidance: float | None,
     resolution: int | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -144,8 +145,10 @@ def run_arguments(
 
     Every image has its generator, for the initial noise and for what a stochastic scheduler draws later.
     Latents of a conditional U-Net are drawn here in float32, so that a half-precision run starts from the
-    same noise. What the pipeline does not take (a prompt, guidance, a resolution) is left out.
+    same noise. A pipeline that takes no prompt is given how many images to make. Raises UserError where it
+    needs more than this, or cannot draw at the resolution.
     """
+    check_call(pipeline, resolution)
     takes = inspect.signature(type(pipeline).__call__).parameters
     generators = [generator(k, seed) for k in ids]
     given: dict[str, Any] = {
@@ -171,7 +174,7 @@ def record(
     prompts: Sequence[str],
     *,
     steps: int,
-    guidance: float,
+    guidance: float | None,
     resolution: int | None,
     seed: int,
     batch_size: int,

@@ -86,8 +86,9 @@ def test_a_recorded_trajectory_gives_the_same_card(
 
 def test_a_model_without_text_says_so(tiny_unconditional: UNet2DModel, prompts: Path, tmp_path: Path) -> None:
     DDPMPipeline(tiny_unconditional, DDPMScheduler()).save_pretrained(tmp_path / "model")
-    words = ["proxy", str(tmp_path / "model"), "--prompts", str(prompts), "--steps", "2", "-n", "2"]
-    assert main([*words, "-o", str(tmp_path / "card")]) == 0
+    words = ["proxy", str(tmp_path / "model"), "--steps", "2", "-n", "2", "-o", str(tmp_path / "card")]
+    assert main([*words, "--prompts", str(prompts)]) == 2
+    assert main(words) == 0
     found = {finding["key"]: finding for finding in read(tmp_path / "card")["findings"]}
     assert found["start"]["verdict"] == found["maximum"]["verdict"] == "not applicable"
     assert found["powerlaw"]["verdict"] != "not applicable"

@@ -35,5 +35,6 @@ rule sample:
         gpu=GPU,
     params:
         **step("sample"),
+        prompts=lambda wildcards, input: each("--prompts", input.prompts),
     shell:
-        "{HALFTONE} sample {params.options} --prompts {input.prompts:q} --shard {wildcards.shard} -o {output} &> {log}"
+        "{HALFTONE} sample {params.options} {params.prompts} --shard {wildcards.shard} -o {output} &> {log}"

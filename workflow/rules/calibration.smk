@@ -1,6 +1,6 @@
 rule calibration_data:
     input:
-        prompts=SETTINGS.prompts["calibration"],
+        prompts=lambda wildcards: prompt_files(wildcards.model, PromptSet.CALIBRATION),
         model=model_files,
     output:
         CALIBRATION_DATA,
@@ -13,8 +13,9 @@ rule calibration_data:
         gpu=GPU,
     params:
         **step("calibration_data"),
+        prompts=lambda wildcards, input: each("--prompts", input.prompts),
     shell:
-        "{HALFTONE} calibration-data {params.options} --prompts {input.prompts:q} -o {output} &> {log}"
+        "{HALFTONE} calibration-data {params.options} {params.prompts} -o {output} &> {log}"
 
 
 rule reconstruct:
@@ -38,10 +39,40 @@ rule reconstruct:
         " --scratch {SCRATCH}/reconstruct/{wildcards.scenario} --shared {UNITS} -o {output} &> {log}"
 
 
+# Which calls to relax, for the rows that leave that to a measurement (relaxing: auto).
+rule sensitivity:
+    input:
+        data=data_of,
+        weights=weights_of,
+        prompts=lambda wildcards: calibration_prompts_of(wildcards.scenario),
+        model=model_files,
+    output:
+        data=SENSITIVITY,
+        plot=SENSITIVITY_PLOT,
+    log:
+        "logs/sensitivity/{scenario}.log",
+    benchmark:
+        "logs/benchmark/sensitivity/{scenario}.tsv"
+    threads: THREADS
+    resources:
+        gpu=GPU,
+    params:
+        **step("sensitivity"),
+        folder=subpath(output.data, parent=True),
+        weights=lambda wildcards, input: (
+            f"--weights {input.weights}" if input.weights else ""
+        ),
+        prompts=lambda wildcards, input: each("--prompts", input.prompts),
+    shell:
+        "{HALFTONE} sensitivity {params.options} --data {input.data} {params.weights} {params.prompts}"
+        " --scratch {SCRATCH}/sensitivity/{wildcards.scenario} -o {params.folder} &> {log}"
+
+
 rule calibrate:
     input:
         data=data_of,
         weights=weights_of,
+        sensitivity=sensitivity_of,
         model=model_files,
     output:
         CALIBRATE,
@@ -58,8 +89,9 @@ rule calibrate:
         weights=lambda wildcards, input: (
             f"--weights {input.weights}" if input.weights else ""
         ),
+        sensitivity=lambda wildcards, input: each("--sensitivity", input.sensitivity),
     shell:
-        "{HALFTONE} calibrate {params.options} --data {input.data} {params.weights}"
+        "{HALFTONE} calibrate {params.options} --data {input.data} {params.weights} {params.sensitivity}"
         " --cache-mib {resources.cache_mib} --scratch {SCRATCH}/calibrate/{wildcards.scenario} -o {output} &> {log}"
 
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from halftone import tracking
 from halftone.errors import UserError
-from halftone.settings import validate
+from halftone.settings import PromptSet, validate
 from halftone.workflow import models, prune, records, sources
 from halftone.workflow.options import options
 from halftone.workflow.paths import (
@@ -29,6 +29,8 @@ from halftone.workflow.paths import (
     RECONSTRUCT,
     REPORT,
     SCRATCH,
+    SENSITIVITY,
+    SENSITIVITY_PLOT,
     UNITS,
     SHARD,
     STATISTICS,
@@ -36,6 +38,7 @@ from halftone.workflow.paths import (
     TIMINGS,
     outputs,
     reconstructed,
+    relaxed_by_measure,
 )
 from halftone.workflow.paths import Rule as Step
 
@@ -105,6 +108,12 @@ def weights_of(wildcards):
     )
 
 
+def sensitivity_of(wildcards):
+    """The measured choice of calls to relax, for the rows that wait for it."""
+    chosen = relaxed_by_measure(SETTINGS, wildcards.scenario)
+    return [SENSITIVITY.format(**wildcards)] if chosen else []
+
+
 def source_of(wildcards):
     """What images are sampled from: the artefact, known by its manifest of hashes; the model itself for full precision."""
     if SETTINGS.scenarios[wildcards.scenario].quantized:
@@ -121,8 +130,21 @@ def artefact_of(wildcards):
 
 
 def prompts_of(scenario):
-    tier = SETTINGS.scenarios[scenario].tier
-    return SETTINGS.prompts[SETTINGS.tiers[tier].prompts]
+    """The prompt file of a row; none for a model without text."""
+    row = SETTINGS.scenarios[scenario]
+    return prompt_files(row.model, SETTINGS.tiers[row.tier].prompts)
+
+
+def prompt_files(model, prompts):
+    path = SETTINGS.prompt_file(model, prompts)
+    return [] if path is None else [path]
+
+
+def real_images_of(wildcards):
+    try:
+        return models.real_files(model_of(wildcards))
+    except UserError as fault:
+        raise WorkflowError(str(fault)) from None
 
 
 def images_of(wildcards):

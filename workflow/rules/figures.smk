@@ -5,6 +5,7 @@ rule metrics:
         reference=reference_of,
         prompts=lambda wildcards: prompts_of(wildcards.scenario),
         artefact=artefact_of,
+        real=real_images_of,
         networks=models.metric_files(SETTINGS.metrics),
     output:
         METRICS,
@@ -18,8 +19,9 @@ rule metrics:
         **step("metrics"),
         images=lambda wildcards, input: each("--images", input.images),
         reference=lambda wildcards, input: each("--reference", input.reference),
+        prompts=lambda wildcards, input: each("--prompts", input.prompts),
     shell:
-        "{HALFTONE} metrics {params.images} {params.reference} --prompts {input.prompts:q} {params.options}"
+        "{HALFTONE} metrics {params.images} {params.reference} {params.prompts} {params.options}"
         " -o {output[0]} &> {log}"
 
 
@@ -47,7 +49,7 @@ rule report:
         images=[shard for row in ROWS for shard in outputs(SETTINGS, Step.SAMPLE, row)],
         analyses=expand([PLAN, RANGES], scenario=QUANTIZED),
         artefacts=expand(MANIFEST, scenario=QUANTIZED),
-        prompts=sorted({prompts_of(row) for row in ROWS}),
+        prompts=sorted({file for row in ROWS for file in prompts_of(row)}),
     output:
         REPORT,
         GRID,

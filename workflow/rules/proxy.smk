@@ -10,7 +10,7 @@ rule proxy:
 rule proxy_card:
     input:
         data=CALIBRATION_DATA,
-        prompts=SETTINGS.prompts["calibration"],
+        prompts=lambda wildcards: prompt_files(wildcards.model, PromptSet.CALIBRATION),
         model=model_files,
     output:
         directory(card.CARD),
@@ -24,6 +24,7 @@ rule proxy_card:
     params:
         options=lambda wildcards: card.options(SETTINGS, wildcards.model),
         code=card.code_hash(ROOT),
+        prompts=lambda wildcards, input: each("--prompts", input.prompts),
     shell:
-        "{HALFTONE} proxy {params.options} --trajectory {input.data} --prompts {input.prompts:q}"
+        "{HALFTONE} proxy {params.options} --trajectory {input.data} {params.prompts}"
         " -o {output} &> {log}"

@@ -13,14 +13,14 @@ from halftone.cli import options
 
 def verb(
     model: options.ModelArgument,
-    prompts: options.Prompts,
     output: options.Output,
+    prompts: options.Prompts = None,
     revision: options.Revision = None,
     n_prompts: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Prompts used, from the top of the file.")
+        int, typer.Option(min=1, max=10_000, help="Prompts used, from the top of the file; or images.")
     ] = options.CALIBRATION.n_prompts,
     steps: options.Steps = 25,
-    guidance: options.Guidance = 7.5,
+    guidance: options.Guidance = None,
     resolution: options.Resolution = None,
     batch_size: options.BatchSize = options.CALIBRATION.batch_size,
     seed: options.Seed = 0,
@@ -30,7 +30,7 @@ def verb(
     started = time.time()
     options.model(model, revision)
     options.resolution(resolution)
-    texts = options.prompts(prompts, n_prompts)
+    texts = options.calibration(prompts, n_prompts)
 
     from halftone.source import load_source
     from halftone.steps.record import record
@@ -47,7 +47,7 @@ def verb(
     trajectory.save(output, known)
     params = {
         "steps": steps,
-        "guidance": guidance,
+        "guidance": known.guidance,
         "resolution": resolution,
         "n_prompts": n_prompts,
         "seed": seed,

@@ -19,8 +19,8 @@ def verb(
     reference: Annotated[
         list[Path], typer.Option(help="Zips of full precision; repeat for every shard.", show_default=False)
     ],
-    prompts: options.Prompts,
     output: options.Output,
+    prompts: options.Prompts = None,
     artefact: Annotated[
         Path | None,
         typer.Option(help="That the images were sampled from; none for full precision.", show_default=False),
@@ -34,6 +34,7 @@ def verb(
     bootstrap: Annotated[
         int, typer.Option(min=100, max=100_000, help="Resamples of paired intervals.")
     ] = options.METRICS.bootstrap,
+    real_images: options.RealImages = None,
     seed: options.Seed = 0,
     model: Annotated[str, typer.Option(help="Id of the model, for the table.")] = "model",
     tier: Annotated[str, typer.Option(help="Rows of different tiers are never compared.")] = "own",
@@ -42,7 +43,8 @@ def verb(
     """Measure images against those of full precision, with intervals; per-image data goes beside the JSON."""
     started = time.time()
     settings = options.metrics(features, clip, bootstrap)
-    options.prompts(prompts, None)
+    if prompts is not None:
+        options.prompts(prompts, None)
     for path in [*images, *reference]:
         options.existing(path, "sample")
     if artefact is not None:
@@ -61,6 +63,7 @@ def verb(
         tier=tier,
         name=options.name(name, output),
         artefact=artefact,
+        real_images=real_images,
     )
     row = found.rows[0]
     labels = ("model", "recipe", "protocol", "tier", "execution", "weight_bits", "act_bits", "features")

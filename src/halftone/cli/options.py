@@ -14,7 +14,16 @@ from halftone.errors import UserError
 from halftone.prompts import read_prompts
 from halftone.quantizers.bits import HIGHEST, LOWEST, Bits
 from halftone.recipes import PRESETS, Axes, resolve
-from halftone.settings import Budget, Calibration, Metrics, Protocol, Reconstruction, Sampling
+from halftone.settings import (
+    GUIDANCE,
+    Budget,
+    Calibration,
+    Metrics,
+    PromptSet,
+    Protocol,
+    Reconstruction,
+    Sampling,
+)
 
 CALIBRATION, RECONSTRUCTION, SAMPLING, METRICS = Calibration(), Reconstruction(), Sampling(), Metrics()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -28,10 +37,38 @@ ModelArgument = Annotated[
 Revision = Annotated[
     str | None, typer.Option(help="Of a hub id: best a commit of 40 digits.", show_default=False)
 ]
-Prompts = Annotated[Path, typer.Option("--prompts", help="Text file, one prompt a line.", show_default=False)]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts", help="Text file, one prompt a line; none for a model without text.", show_default=False
+    ),
+]
+ImageSet = Annotated[
+    PromptSet | None,
+    typer.Option(
+        "--image-set",
+        help="Of a model without text: which noise; no two sets share any. (Default: validation.)",
+        show_default=False,
+    ),
+]
+RealImages = Annotated[
+    str | None,
+    typer.Option(
+        help="Of fid_to_real: folder or zip of images; `scenes` for the embedded model without text.",
+        show_default=False,
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the result goes.", show_default=False)]
 Steps = Annotated[int, typer.Option(min=1, max=1000, help="Inference steps of the sampler.")]
-Guidance = Annotated[float, typer.Option(min=0, max=50, help="Classifier-free guidance scale.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=50,
+        help=f"Classifier-free guidance scale. (Default: {GUIDANCE}; a model without text has none.)",
+        show_default=False,
+    ),
+]
 Resolution = Annotated[
     int | None,
     typer.Option(
@@ -121,6 +158,11 @@ def prompts(path: Path, count: int | None) -> list[str]:
             f"{path}: holds {len(found)} prompts, {count} were asked for; ask for fewer or add some"
         )
     return found if count is None else found[:count]
+
+
+def calibration(path: Path | None, count: int) -> list[str] | int:
+    """The first `count` prompts of a file; of a model without text, their number. Raises UserError."""
+    return count if path is None else prompts(path, count)
 
 
 def resolution(value: int | None) -> int | None:

@@ -10,14 +10,15 @@ import typer
 
 from halftone import tracking
 from halftone.cli import options
+from halftone.settings import PromptSet
 
 _RECORDED = "With --trajectory, that of the recording."
 
 
 def verb(
     model: options.ModelArgument,
-    prompts: options.Prompts,
     output: options.Output,
+    prompts: options.Prompts = None,
     trajectory: Annotated[
         Path | None,
         typer.Option(
@@ -36,7 +37,7 @@ def verb(
         ),
     ] = options.CALIBRATION.n_prompts,
     steps: options.Steps = 25,
-    guidance: options.Guidance = 7.5,
+    guidance: options.Guidance = None,
     resolution: options.Resolution = None,
     bits: options.BitsOption = "w8a8",
     batch_size: options.BatchSize = options.CALIBRATION.batch_size,
@@ -53,7 +54,8 @@ def verb(
     options.model(model, revision)
     options.resolution(resolution)
     options.bits(bits)
-    texts = options.prompts(prompts, None if trajectory is not None else n_prompts)
+    count = None if trajectory is not None else n_prompts
+    texts = n_prompts if prompts is None else options.prompts(prompts, count)
     if trajectory is not None:
         options.existing(trajectory, "calibration-data")
 
@@ -61,11 +63,11 @@ def verb(
     from halftone.source import load_source
     from halftone.steps.record import record
     from halftone.trajectory import Trajectory
+    from halftone.unconditional import check_text, numbered
 
     source = load_source(model, revision)
     if trajectory is not None:
         found, known = Trajectory.load(trajectory)
-        texts = texts[: known.n_prompts]
     else:
         found, known = record(
             source,
@@ -76,8 +78,11 @@ def verb(
             seed=seed,
             batch_size=batch_size,
         )
+    check_text(source.pipeline, prompts is not None)
+    asked = numbered(PromptSet.CALIBRATION, known.n_prompts) if isinstance(texts, int) else texts
+    asked = asked[: known.n_prompts]
     label = options.name(name, output)
-    card = make_card(source, found, known, texts, name=label, bits=bits, batch_size=batch_size)
+    card = make_card(source, found, known, asked, name=label, bits=bits, batch_size=batch_size)
     files = card.save(output)
     for finding in card.findings:
         print(f"{finding.title:42} {finding.verdict:15} {', '.join(finding.methods)}: {finding.consequence}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,16 +13,18 @@ from halftone import tracking
 from halftone.cli import options
 from halftone.errors import UserError
 from halftone.plan import Execution
+from halftone.settings import PromptSet
 
 
 def verb(
     source: Annotated[str, typer.Argument(help="Artefact, or a full-precision model.", show_default=False)],
-    prompts: options.Prompts,
     output: options.Output,
+    prompts: options.Prompts = None,
     n_images: Annotated[
         int | None,
         typer.Option(min=1, max=100_000, help="Images per seed set, one a prompt. (Default: all prompts.)"),
     ] = None,
+    image_set: options.ImageSet = None,
     shard: Annotated[
         str, typer.Option(help="Which slice of them: 0-of-2 and 1-of-2 are both halves.")
     ] = "0-of-1",
@@ -49,17 +52,21 @@ def verb(
 ) -> None:
     """Sample images for the prompts in both seed sets, into a zip of PNGs.
 
+    A model without text draws numbered images of --image-set.
+
     An image depends on its prompt, its place in the file and its seed alone, not on how the rest is divided.
     """
     started = time.time()
     options.model(source, revision)
     options.resolution(resolution)
-    place, count = _shard(shard)
+    place, n_shards = _shard(shard)
     if seed_a == seed_b and not paired:
         raise UserError(f"--seed-a and --seed-b are both {seed_a}; they must differ")
     if execution is Execution.FLOAT:
         raise UserError("--execution float: is that of a full-precision model; give the model itself")
-    texts = options.prompts(prompts, n_images)
+    count = images(prompts, n_images)
+    if prompts is not None and image_set is not None:
+        raise UserError("--image-set is for a model without text; leave it or --prompts out")
 
     from halftone import device
     from halftone.sampling import load_subject, sample_shard
@@ -79,14 +86,15 @@ def verb(
         output,
         subject,
         prompts,
-        n_images=len(texts),
+        n_images=count,
         shard=place,
-        n_shards=count,
+        n_shards=n_shards,
         seed_a=seed_a,
         seed_b=seed_b,
         paired=paired,
+        image_set=image_set or PromptSet.VALIDATION,
     )
-    images = len(index.seeds) * index.count
+    drawn = len(index.seeds) * index.count
     tracking.log(
         tracking.Record(
             "sample",
@@ -98,12 +106,21 @@ def verb(
                 **index.model_dump(include={"steps", "guidance", "recipe", "bits", "execution"}),
             },
             metrics={
-                "images": images,
-                "images_per_second": images / (time.time() - started),
+                "images": drawn,
+                "images_per_second": drawn / (time.time() - started),
             },
             started=started,
         )
     )
+
+
+def images(prompts: Path | None, n_images: int | None) -> int:
+    """How many images per seed set. Raises UserError where neither prompts nor a number say so."""
+    if prompts is not None:
+        return len(options.prompts(prompts, n_images))
+    if n_images is None:
+        raise UserError("give --prompts FILE; or, for a model without text, how many images: --n-images")
+    return n_images
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halftone.cli import options
+from halftone.cli.sample import images
 from halftone.errors import UserError
 from halftone.files import read_json
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     artefact: Annotated[Path, typer.Argument(help="Folder of an artefact.", show_default=False)],
-    prompts: options.Prompts,
+    prompts: options.Prompts = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -33,6 +34,8 @@ def evaluate(
     features: Annotated[
         str, typer.Option(help="Feature network of FID and KID: scenes or inception.")
     ] = "inception",
+    image_set: options.ImageSet = None,
+    real_images: options.RealImages = None,
     clip: Annotated[
         str, typer.Option(help="`scenes`, or an open_clip model as ARCHITECTURE/WEIGHTS.")
     ] = "ViT-B-32/laion2b_s34b_b79k",
@@ -47,7 +50,7 @@ def evaluate(
     """
     options.existing(artefact, "quantize")
     options.metrics(features, clip, bootstrap)
-    count = len(options.prompts(prompts, n_images))
+    count = images(prompts, n_images)
     output = output or artefact.with_name(f"{artefact.name}-evaluation")
 
     from halftone.artefact import provenance
@@ -60,14 +63,16 @@ def evaluate(
     full += _flags(resolution=known.resolution)
     own = artefact.name if artefact.name != "fp" else "artefact"
     rows = {"fp": full, own: [str(artefact)]}
-    common = ["--prompts", str(prompts)]
+    common = _flags(prompts=prompts)
     zips = {row: output / "sample" / row / "0-of-1.zip" for row in rows}
     figures = {row: output / "metrics" / f"{row}.json" for row in rows}
     for row, source in rows.items():
-        _step("sample", *source, *common, "--n-images", str(count), "-o", str(zips[row]))
+        which = _flags(**{"n-images": count, "image-set": image_set})
+        _step("sample", *source, *common, *which, "-o", str(zips[row]))
     for row in rows:
         of = [] if row == "fp" else ["--artefact", str(artefact)]
         how = _flags(features=features, clip=clip, bootstrap=bootstrap, model=Path(known.model_path).name)
+        how += _flags(**{"real-images": real_images})
         pair = ["--images", str(zips[row]), "--reference", str(zips["fp"])]
         _step("metrics", *pair, *common, *of, *how, "-o", str(figures[row]))
     _step("summary", *map(str, figures.values()), "-o", str(output / "summary.csv"))

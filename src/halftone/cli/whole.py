@@ -20,16 +20,16 @@ def quantize(
     model: options.ModelArgument,
     recipe: options.Recipe,
     bits: options.BitsOption,
-    prompts: options.Prompts,
     output: options.Output,
+    prompts: options.Prompts = None,
     revision: options.Revision = None,
     axes: options.AxesOption = None,
     protocol: options.ProtocolOption = Protocol.EQUAL,
     n_prompts: Annotated[
-        int, typer.Option(min=1, max=10_000, help="Prompts used, from the top of the file.")
+        int, typer.Option(min=1, max=10_000, help="Prompts used, from the top of the file; or images.")
     ] = options.CALIBRATION.n_prompts,
     steps: options.Steps = 25,
-    guidance: options.Guidance = 7.5,
+    guidance: options.Guidance = None,
     resolution: options.Resolution = None,
     budget: Annotated[Budget, typer.Option(help="Iterations of block reconstruction.")] = Budget.FAST,
     batch_size: options.BatchSize = options.CALIBRATION.batch_size,
@@ -40,7 +40,7 @@ def quantize(
     options.model(model, revision)
     options.resolution(resolution)
     resolved, width = options.axes(recipe, axes), options.bits(bits)
-    texts = options.prompts(prompts, n_prompts)
+    texts = options.calibration(prompts, n_prompts)
 
     from halftone import chain
     from halftone.artefact import info
@@ -48,7 +48,7 @@ def quantize(
     chain.quantize(
         model,
         recipe,
-        texts,
+        None if isinstance(texts, int) else texts,
         output,
         bits=width,
         axes=resolved.model_dump(),

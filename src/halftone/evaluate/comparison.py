@@ -91,9 +91,9 @@ class Comparison:
         """The differences to full precision that a verdict rests on.
 
         They are the excess of the unpaired distance over the floor (Fréchet, or kernel where images are few),
-        alignment, and CLIP score. other, fp_other: features of seed set B, None where
-        only paired figures are wanted. The intervals hold all at once, so
-        that a verdict on several figures is wrong no more often than one on a single figure.
+        alignment, and CLIP score; without prompts only the first. other, fp_other: features of seed set B,
+        None where only paired figures are wanted. The intervals hold all at once, so that a verdict on
+        several figures is wrong no more often than one on a single figure.
         """
         names = [n for n in ("alignment", "clip_score") if n in seen.values]
         distance: tuple[str, Distance] | None = None
@@ -103,7 +103,7 @@ class Comparison:
             distance = "fid_excess", distances.frechet
         elif self.count >= FEWEST_FOR_KERNEL:
             distance = "kid_excess", distances.kernel
-        level = bonferroni(len(names) + (distance is not None))
+        level = bonferroni(max(1, len(names) + (distance is not None)))
         found = {}
         if distance is not None and other is not None and fp_other is not None:
             pair, floor = (other, fp.features), (fp_other, fp.features)

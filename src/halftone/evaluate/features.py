@@ -20,6 +20,7 @@ from torch import Tensor
 from halftone.errors import UserError
 from halftone.files import sha256
 from halftone.scenes import feature_net
+from halftone.scenes.render import SIDE
 
 Images = NDArray[np.uint8]
 
@@ -62,18 +63,30 @@ class FeatureNetwork(ABC):
 
 
 class ScenesFeatures(FeatureNetwork):
-    """The scenes feature network; its perceptual distance is `feature_lpips`."""
+    """The scenes feature network; its perceptual distance is `feature_lpips`.
+
+    It was made for 64x64: the 32x32 images of the unconditional model are doubled, every pixel four times.
+    """
 
     def __init__(self, folder: Path = feature_net.FOLDER) -> None:
         self._network = feature_net.load(folder)
         self.name = f"scenes-{sha256(folder / feature_net.WEIGHTS)[:8]}"
 
     def features(self, images: Images) -> Tensor:
-        return in_batches(self._network, images)
+        return in_batches(lambda batch: self._network(_at_size(batch)), images)
 
     def perceptual(self, images: Images, reference: Images) -> Tensor:
-        maps = self._network.maps
+        def maps(batch: Tensor) -> list[Tensor]:
+            return self._network.maps(_at_size(batch))
+
         return in_batches(lambda a, b: feature_lpips(maps(a), maps(b)), images, reference)
+
+
+def _at_size(batch: Tensor) -> Tensor:
+    """uint8 [b, 3, h, w]: half the size that the network was made for becomes that size."""
+    if batch.shape[2:] == (SIDE // 2, SIDE // 2):
+        return batch.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return batch
 
 
 def feature_lpips(maps: list[Tensor], reference: list[Tensor]) -> Tensor:

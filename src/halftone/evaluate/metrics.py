@@ -2,7 +2,8 @@
 
 Per-image figures (CLIP score, alignment, perceptual distance, PSNR, SSIM) are those of seed set A. Paired
 distances compare recipe(A) with fp(A), unpaired ones recipe(B) with fp(A). Below 500 images no Fréchet
-distance is given, only the kernel one; without seed set B no distance but the latents' error instead. The
+distance is given, only the kernel one; without seed set B no distance but the latents' error instead. Without
+prompts (a model without text) there is no CLIP score and no alignment. The
 full-precision scenario gives two rows: its own, whose paired distances are nothing by definition, and, with
 seed set B, the floor, fp(B) against fp(A).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from halftone.columns import NAMES
 from halftone.errors import UserError
-from halftone.evaluate import alignment, paired
+from halftone.evaluate import alignment, paired, real
 from halftone.evaluate.comparison import FEWEST_FOR_FRECHET, NOTHING, Comparison, Seen, Values
 from halftone.evaluate.features import FeatureNetwork, Images, open_network
 from halftone.evaluate.images import ImageSet
@@ -30,11 +32,9 @@ from halftone.evaluate.statistics import Estimate, verdict
 from halftone.files import write_json, writing
 from halftone.recipes import FULL_PRECISION
 from halftone.scenes.grammar import Scene
-from halftone.scenes.render import render
 from halftone.settings import Metrics
 
 FLOOR = "fp-floor"
-REAL_SEED = 1 << 41  # renders that stand for real images: outside every seed of training
 DIGITS = 6  # significant digits of a figure: fewer than differ between machines' arithmetic
 
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ class Measurement:
 
     rows: tuple[Row, ...]
     verdict: str
-    clip: str
+    clip: str | None
     differences: dict[str, Estimate]
     tensors: dict[str, Tensor]
     latent_error: tuple[Estimate, ...] = ()
@@ -71,30 +71,45 @@ class Measurer:
     ) -> None:
         self._settings, self._seed = settings, seed
         self._network = network or open_network(settings.features)
-        self._clip = clip or alignment.open_clip_model(settings.clip)
+        self._given_clip = clip
+
+    @cached_property
+    def _clip(self) -> alignment.Clip:
+        return self._given_clip or alignment.open_clip_model(self._settings.clip)
 
     def measure(
-        self, images: ImageSet, reference: ImageSet, prompts: Sequence[str], identity: Mapping[str, Any]
+        self,
+        images: ImageSet,
+        reference: ImageSet,
+        prompts: Sequence[str] | None,
+        identity: Mapping[str, Any],
+        real_images: Images | None = None,
     ) -> Measurement:
         """Measures `images` against full precision's `reference`, both for `prompts` in order.
 
-        identity: columns that are not measured here (model, scenario, recipe, bits, hashes, sizes).
+        prompts: None for a model without text. real_images: as many, of the same size; by default the renders
+        of prompts that are captions of scenes. identity: columns that are not measured here (model, scenario,
+        recipe, bits, hashes, sizes).
         Raises UserError when counts or shapes do not fit, ValueError for an unknown column.
         """
-        count, shape = len(prompts), list(images.a.shape)
-        if shape != list(reference.a.shape) or len(images.a) != count:
+        count, shape = len(images.a), list(images.a.shape)
+        if shape != list(reference.a.shape) or (prompts is not None and len(prompts) != count):
+            asked = "" if prompts is None else f" and {len(prompts)} prompts"
+            both = f"images {shape}, full precision {list(reference.a.shape)}"
             raise UserError(
-                f"{identity.get('scenario')}: images {shape}, full precision {list(reference.a.shape)} and "
-                f"{count} prompts do not belong together; sample both again"
+                f"{identity.get('scenario')}: {both}{asked} do not belong together; sample both again"
             )
-        scenes = alignment.scenes_of(images.a, prompts)
-        real = None if scenes is None else self._network.features(real_images(scenes))
-        comparison = Comparison(count, real, self._settings.bootstrap, self._seed)
+        scenes = None if prompts is None else alignment.scenes_of(images.a, prompts)
+        if real_images is None and scenes is not None:
+            real_images = real.renders(scenes)
+        wanted = None if real_images is None else self._network.features(real_images)
+        clip = None if prompts is None else self._clip.name
+        comparison = Comparison(count, wanted, self._settings.bootstrap, self._seed)
         shared = {**identity, "n_images": count, "features": self._network.name}
         fp = self._look(reference.a, prompts, scenes)
         if identity["recipe"] == FULL_PRECISION:
             other = None if reference.b is None else self._look(reference.b, prompts, scenes)
-            return self._full_precision(reference.a, fp, other, comparison, shared)
+            return self._full_precision(reference.a, fp, other, comparison, shared, clip)
         seen, pairs = self._look(images.a, prompts, scenes), self._pair(images.a, reference.a)
         if "alignment" in seen.values:
             pairs["alignment_flips"] = np.abs(seen.values["alignment"] - fp.values["alignment"])
@@ -113,27 +128,33 @@ class Measurer:
         if latent_error:
             figures["latent_error"] = latent_error[-1]
             pairs["latent_error"] = errors[:, -1]
-        if real is not None:
-            figures["fid_to_real"] = comparison.frechet((seen.features, real), base=(fp.features, real))
+        if wanted is not None:
+            figures["fid_to_real"] = comparison.frechet((seen.features, wanted), base=(fp.features, wanted))
         differences = comparison.differences(seen, fp, other_features, floor)
         return Measurement(
             (_row(shared, figures),),
             verdict(differences),
-            self._clip.name,
+            clip,
             differences,
             _tensors(seen, pairs, other_features, None),
             latent_error,
         )
 
     def _full_precision(
-        self, images: Images, fp: Seen, other: Seen | None, comparison: Comparison, shared: Mapping[str, Any]
+        self,
+        images: Images,
+        fp: Seen,
+        other: Seen | None,
+        comparison: Comparison,
+        shared: Mapping[str, Any],
+        clip: str | None,
     ) -> Measurement:
         """Its own row, and the floor: the same model on other noise, where there is any."""
         pairs = self._pair(images, images)
         if other is None:
             row = _row(shared, comparison.own(fp) | comparison.means(pairs))
             tensors = _tensors(fp, pairs, None, comparison.real)
-            return Measurement((row,), "is full precision", self._clip.name, {}, tensors)
+            return Measurement((row,), "is full precision", clip, {}, tensors)
         apart = comparison.frechet((other.features, fp.features))
         own = comparison.own(fp) | comparison.means(pairs)
         own |= {"kid_to_fp": NOTHING, "fid_to_fp_unpaired": apart}
@@ -143,11 +164,12 @@ class Measurer:
         named = {**shared, "recipe": FLOOR, "scenario": f"{shared['scenario']}-floor"}
         rows = (_row(shared, own), _row(named, floor))
         tensors = _tensors(fp, pairs, other.features, comparison.real)
-        return Measurement(rows, "is full precision", self._clip.name, {}, tensors)
+        return Measurement(rows, "is full precision", clip, {}, tensors)
 
-    def _look(self, images: Images, prompts: Sequence[str], scenes: list[Scene] | None) -> Seen:
-        cosines = self._clip.cosines(images, prompts)
-        values = {"clip_score": _values(alignment.clip_scores(cosines))}
+    def _look(self, images: Images, prompts: Sequence[str] | None, scenes: list[Scene] | None) -> Seen:
+        values: dict[str, Values] = {}
+        if prompts is not None:
+            values["clip_score"] = _values(alignment.clip_scores(self._clip.cosines(images, prompts)))
         if scenes is not None:
             checked = alignment.check(images, scenes)
             values["alignment_objects"] = checked.objects.astype(np.float64)
@@ -161,11 +183,6 @@ class Measurer:
             "psnr": _values(paired.psnr(images, reference)),
             "ssim": _values(paired.ssim(images, reference)),
         }
-
-
-def real_images(scenes: Sequence[Scene]) -> Images:
-    """Renders of the prompts' scenes: the real images of the embedded model."""
-    return render(scenes, np.arange(len(scenes), dtype=np.int64) + REAL_SEED)
 
 
 def _latent_errors(images: ImageSet, reference: ImageSet) -> Values:

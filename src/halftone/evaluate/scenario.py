@@ -16,16 +16,18 @@ from halftone.artefact.load import describe
 from halftone.errors import UserError
 from halftone.evaluate.images import check_belong, read_images
 from halftone.evaluate.metrics import Measurement, Measurer, write
+from halftone.evaluate.real import read_real
 from halftone.plan import MIB
 from halftone.prompts import prompts_sha256, read_prompts
 from halftone.settings import Metrics
 from halftone.shards import ShardIndex
+from halftone.unconditional import numbered
 
 
 def measure_files(
     shards: Sequence[Path],
     reference: Sequence[Path],
-    prompts: Path,
+    prompts: Path | None,
     output: Path,
     *,
     settings: Metrics,
@@ -34,21 +36,28 @@ def measure_files(
     tier: str,
     name: str,
     artefact: Path | None = None,
+    real_images: str | None = None,
 ) -> Measurement:
     """Measures scenario `name` and writes `output` (JSON) and the per-image data beside it.
 
     shards, reference: zips of the scenario and of full precision (the same for the full-precision scenario).
-    artefact: the folder that the images were sampled from; its plan gives bits and sizes. Raises UserError
-    for
-    images that do not belong to the prompts, to full precision's images, or to the artefact.
+    prompts: None for images of a model without text. artefact: the folder that the images were sampled from;
+    its plan gives bits and sizes. real_images: as for `read_real`. Raises UserError for images that do not
+    belong to the prompts, to full precision's images, or to the artefact.
     """
-    texts = read_prompts(prompts)
     images, index = read_images(shards)
     whole, base = (images, index) if list(shards) == list(reference) else read_images(reference)
+    texts = _texts(prompts, index)
     check_belong(index, base, prompts_sha256(texts))
     identity = {"model": model, "scenario": name, "tier": tier, **_identity(index, artefact), "seed": seed}
     measurer = Measurer(settings, seed)
-    measurement = measurer.measure(images, whole, texts[: index.n_images], identity)
+    measurement = measurer.measure(
+        images,
+        whole,
+        None if index.image_set is not None else texts[: index.n_images],
+        identity,
+        read_real(real_images, images.a, index.image_set),
+    )
     made_by = {
         "halftone": halftone.__version__,
         "torch": torch.__version__,
@@ -57,11 +66,23 @@ def measure_files(
     provenance = {
         "images": index.model_dump(mode="json", exclude={"shard", "first", "count"}),
         "settings": settings.model_dump(mode="json"),
+        "real_images": real_images,
         "seed": seed,
         "versions": made_by,
     }
     write(measurement, output, json.dumps(provenance, sort_keys=True))
     return measurement
+
+
+def _texts(prompts: Path | None, index: ShardIndex) -> list[str]:
+    """The lines of the prompt file, or what stands for them where the model takes no text."""
+    if index.image_set is not None:
+        if prompts is not None:
+            raise UserError(f"{prompts}: the images were sampled without prompts; leave --prompts out")
+        return numbered(index.image_set, index.n_images)
+    if prompts is None:
+        raise UserError("the images were sampled for prompts: name their file with --prompts")
+    return read_prompts(prompts)
 
 
 def _identity(index: ShardIndex, folder: Path | None) -> dict[str, Any]:

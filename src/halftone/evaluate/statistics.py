@@ -84,6 +84,9 @@ def group_jackknife(
 
 
 def verdict(differences: Mapping[str, Estimate]) -> str:
-    """One line on differences to full precision whose intervals hold together (see `bonferroni`)."""
+    """One line on differences to full precision whose intervals hold together (see `bonferroni`); empty where
+    nothing was compared."""
+    if not differences:
+        return ""
     found = [name for name, difference in differences.items() if difference.excludes_zero]
     return f"differs from full precision in {', '.join(found)}" if found else SAME

@@ -23,6 +23,7 @@ from halftone.proxy.walk import walk
 from halftone.source import Source
 from halftone.steps.choice import check_same_model
 from halftone.trajectory import Trajectory
+from halftone.unconditional import set_of
 
 JSON, MARKDOWN = "card.json", "card.md"
 
@@ -38,7 +39,7 @@ class Card(BaseModel):
     scheduler: str
     steps: int
     calls: int
-    guidance: float
+    guidance: float | None
     resolution: int | None
     n_prompts: int
     prompts_sha256: str
@@ -84,8 +85,8 @@ def make_card(
     check_same_model(source, known)
     if known.prompts_sha256 != prompts_sha256(prompts):
         raise UserError(
-            f"the trajectory was recorded with other prompts than the first {len(prompts)} of the file; "
-            "give the file that calibration-data was given"
+            f"the trajectory was recorded with other prompts than these {len(prompts)}; "
+            "give what calibration-data was given"
         )
     source.pipeline.to(device.best())
     seen = walk(denoiser_of(source.pipeline), trajectory, batch_size=batch_size)
@@ -122,7 +123,8 @@ def figure(finding: Finding) -> str:
 
 def markdown(card: Card, plots: str = "") -> str:
     """The card for people. plots: what their names begin with, seen from the card."""
-    guidance = f", guidance {card.guidance:g}" if card.guidance > 1 else ""
+    asked = "prompts" if set_of(card.prompts_sha256, card.n_prompts) is None else "images"
+    guidance = f", guidance {card.guidance:g}" if card.guidance and card.guidance > 1 else ""
     lines = [
         f"# Proxy card of {card.name}",
         "",
@@ -131,7 +133,7 @@ def markdown(card: Card, plots: str = "") -> str:
         "model, whatever its rows in a table say.",
         "",
         f"{card.denoiser}, weights {card.model_sha256[:12]}; {card.scheduler}, {card.steps} steps "
-        f"({card.calls} calls){guidance}; {card.n_prompts} prompts ({card.prompts_sha256[:12]}), seed "
+        f"({card.calls} calls){guidance}; {card.n_prompts} {asked} ({card.prompts_sha256[:12]}), seed "
         f"{card.seed}. Measured on the full-precision trajectory, at every activation that is quantized "
         "under protocol `equal`.",
         "",

@@ -25,8 +25,10 @@ from halftone.report.grids import spread
 from halftone.report.summary import FULL_PRECISION_ROWS, Row, groups, source_of
 from halftone.report.table import NO_VERDICT, Verdict
 from halftone.shards import Pixels, SeedSet, ShardIndex, read_shard, slice_of
+from halftone.unconditional import numbered, set_of
 
 GRID_ROWS, WORST = 10, 4
+PROMPTS = "CALIBRATION_PROMPTS"  # stands for a file in commands
 OWN_FACTS = ("recipe", "axes", "artefact, SHA-256")  # a row's own, even where it is the only row
 # of a metrics file: name -> short, long, factor and unit that it is shown with
 _DIFFERENCES = {
@@ -172,7 +174,11 @@ def _text(path: Path) -> str | None:
 
 
 def _prompts(row: Row, files: Sequence[Sequence[str]], n_images: int) -> dict[int, str]:
-    """The prompts whose hash the row carries: of a whole file, or of as many lines as there are images."""
+    """The prompts whose hash the row carries: of a whole file, or of as many lines as there are images. Of a
+    model without text, what stands for them."""
+    images = set_of(row.get("prompts_sha256"), n_images)
+    if images is not None:
+        return dict(enumerate(numbered(images, n_images)))
     for texts in files:
         if row.get("prompts_sha256") in (prompts_sha256(texts), prompts_sha256(texts[:n_images])):
             return dict(enumerate(texts[:n_images]))
@@ -184,13 +190,16 @@ def _facts(
 ) -> list[tuple[str, str]]:
     facts: dict[str, Any] = {}
     if index is not None:
+        guidance = "" if index.guidance is None else f", guidance {index.guidance:g}"
+        prompted = index.image_set is None
         facts |= {
             "model": index.model,
             "model weights, SHA-256": index.model_sha256,
-            "sampler": f"{index.scheduler}, {index.steps} steps, guidance {index.guidance:g}",
+            "sampler": f"{index.scheduler}, {index.steps} steps{guidance}",
             "images": f"{index.width} x {index.height} pixels, {index.lanes} sampled at once",
             "image seeds": ", ".join(f"set {s.upper()} {seed}" for s, seed in sorted(index.seeds.items())),
-            "prompts, SHA-256": index.prompts_sha256,
+            "prompts, SHA-256": index.prompts_sha256 if prompted else None,
+            "noise": None if prompted else f"of the {index.image_set} set, which shares none with another",
             "halftone": index.halftone,
             "torch": index.torch,
             "diffusers": index.diffusers,
@@ -198,15 +207,21 @@ def _facts(
     facts |= {"feature network": row.get("features"), "CLIP of the score": measured.get("clip")}
     if known:
         axes = known.get("axes") or {}
+        prompted = _calibrated_on_prompts(known)
+        what = "prompts" if prompted else "images"
         facts |= {
-            "calibration": f"{known.get('n_prompts')} prompts, seed {known.get('seed')}",
-            "calibration prompts, SHA-256": known.get("prompts_sha256"),
+            "calibration": f"{known.get('n_prompts')} {what}, seed {known.get('seed')}",
+            "calibration prompts, SHA-256": known.get("prompts_sha256") if prompted else None,
             "code commit": known.get("code_commit"),
             "recipe": f"{known.get('recipe')} {known.get('bits')}, protocol {known.get('protocol')}",
             "axes": ", ".join(f"{name} {value}" for name, value in axes.items()),
         }
     facts |= {"artefact, SHA-256": row.get("artefact_sha256")}
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _calibrated_on_prompts(known: Mapping[str, Any]) -> bool:
+    return set_of(known.get("prompts_sha256"), int(known.get("n_prompts") or 0)) is None
 
 
 def _command(known: Mapping[str, Any], scenario: str) -> str:
@@ -222,7 +237,7 @@ def _command(known: Mapping[str, Any], scenario: str) -> str:
         "bits": known.get("bits"),
         "protocol": known.get("protocol"),
         "axes": None if is_preset else json.dumps(axes),
-        "prompts": "CALIBRATION_PROMPTS",
+        "prompts": PROMPTS if _calibrated_on_prompts(known) else None,
         "n-prompts": known.get("n_prompts"),
         "steps": known.get("steps"),
         "guidance": known.get("guidance"),

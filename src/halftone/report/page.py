@@ -17,12 +17,13 @@ from halftone.errors import UserError
 from halftone.files import write_text, writing
 from halftone.plan import MIB, Plan
 from halftone.recipes import FULL_PRECISION
-from halftone.report.evidence import OWN_FACTS, Evidence, gather
+from halftone.report.evidence import OWN_FACTS, PROMPTS, Evidence, gather
 from halftone.report.grids import png, stack
 from halftone.report.pictures import grid_of, grids, uri, worst_of
 from halftone.report.plots import Errors, errors_svg
 from halftone.report.summary import FLOOR, FULL_PRECISION_ROWS, Row, groups, read_csv, source_of
-from halftone.report.table import FEWEST_FOR_FRECHET, name_of, percent, shown, table
+from halftone.report.table import FEWEST_FOR_FRECHET, name_of, percent, prompted, shown, table
+from halftone.unconditional import set_of
 
 
 def write_report(
@@ -119,10 +120,12 @@ def _lede(rows: Sequence[Row]) -> str:
         "integer": "by integer kernels (integer execution)",
         "float": "in float",
     }
+    texts = all(prompted(row) for row in rows)
+    same = "same prompts and the same noise" if texts else "same noise (and the same prompts, if any)"
     how = " or ".join(say.get(kind, kind) for kind in executions)
     return (
         f"{number} measured against full precision. Images were sampled {how}, each row from its artefact on "
-        "disk, on the same prompts and the same noise as full precision."
+        f"disk, on the {same} as full precision."
     )
 
 
@@ -159,6 +162,7 @@ def _group(place: int, rows: Sequence[Row], evidence: Mapping[str, Evidence]) ->
         "rows": made.rows,
         "reading": _reading(rows),
         "errors": _errors(rows, evidence),
+        "prompted": prompted(rows[0]),
         "grid": grid_of(rows, evidence),
         "worst": worst_of(rows, evidence),
     }
@@ -178,8 +182,10 @@ def _errors(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> str | None
 
 def _what(row: Row) -> str:
     parts = [f"{row['n_images']} images per row and seed set"] if row.get("n_images") else []
-    if row.get("prompts_sha256"):
+    if row.get("prompts_sha256") and prompted(row):
         parts.append(f"prompts {row['prompts_sha256'][:12]}")
+    elif row.get("prompts_sha256"):
+        parts.append(f"{set_of(row['prompts_sha256'], row['n_images'])} noise, without prompts")
     if row.get("features"):
         parts.append(f"{row['features']} features")
     if row.get("denoiser_calls"):
@@ -188,9 +194,10 @@ def _what(row: Row) -> str:
 
 
 def _reading(rows: Sequence[Row]) -> str:
+    same = "prompts" if prompted(rows[0]) else "noise"
     text = (
         "Small figures are intervals of 95 %. A verdict asks whether any of its differences to full "
-        "precision on the same prompts is surely not zero, all of them together at 95 %."
+        f"precision on the same {same} is surely not zero, all of them together at 95 %."
     )
     if any(row["recipe"] == FLOOR for row in rows):
         text += (
@@ -263,9 +270,8 @@ def _reproduce(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> list[di
     steps = [("All of it, in a checkout of the code commit above:", "make setup\nhalftone run")]
     commands = [found.command for found in evidence.values() if found.command]
     if commands:
-        what = (
-            "An artefact alone; CALIBRATION_PROMPTS is the file of calibration prompts with the hash above:"
-        )
+        file = f"; {PROMPTS} is the file of calibration prompts with the hash above"
+        what = f"An artefact alone{file if any(PROMPTS in command for command in commands) else ''}:"
         steps.append((what, "\n".join(commands)))
     scenarios = dict.fromkeys(source_of(row) for row in rows if not _full_precision(row))
     if scenarios:

@@ -12,7 +12,7 @@ from halftone.recipes import FULL_PRECISION
 from halftone.report.evidence import GRID_ROWS, Evidence
 from halftone.report.grids import Pixels, grid, png, spread
 from halftone.report.summary import FLOOR, FULL_PRECISION_ROWS, Row, groups, source_of
-from halftone.report.table import name_of
+from halftone.report.table import name_of, prompted
 
 _SHOWN_AT = 0.72  # share of its pixels that a grid is shown at on the page; the rest is for sharp screens
 
@@ -63,7 +63,8 @@ def grid_of(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> dict[str, 
     if made is None:
         return None
     sheet, captions, headings = made
-    note = f"{len(captions)} prompts, evenly spaced through the file, not picked."
+    asked = "prompts" if prompted(rows[0]) else "images"
+    note = f"{len(captions)} {asked}, evenly spaced from first to last, not picked."
     if any(row["recipe"] == FLOOR for row in rows):
         note += " The column of other noise shows how much full precision varies by itself."
     return {
@@ -72,7 +73,7 @@ def grid_of(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> dict[str, 
         "height": sheet.height,
         "shown": round(sheet.width * _SHOWN_AT),
         "caption": note,
-        "alt": f"images by {', '.join(headings)} (columns) for the prompts: {'; '.join(captions)}",
+        "alt": f"images by {', '.join(headings)} (columns) for the {asked}: {'; '.join(captions)}",
     }
 
 
@@ -81,6 +82,7 @@ def worst_of(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> list[dict
     base = evidence.get(source_of(reference), Evidence()) if reference else Evidence()
     texts = _captions(evidence, [source_of(row) for row in rows])
     pairs = []
+    asked = "prompts" if rows and prompted(rows[0]) else "images"
     for row in rows:
         found = evidence.get(source_of(row), Evidence())
         worst = [prompt for prompt in found.worst if prompt in found.images and prompt in base.images]
@@ -96,7 +98,7 @@ def worst_of(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> list[dict
                 "uri": uri(png(sheet), "image/png"),
                 "width": sheet.width,
                 "height": sheet.height,
-                "alt": f"the {len(worst)} worst prompts of {name}: {'; '.join(captions)}",
+                "alt": f"the {len(worst)} worst {asked} of {name}: {'; '.join(captions)}",
             }
         )
     return pairs

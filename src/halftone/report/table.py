@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from halftone.columns import COLUMNS, blank
 from halftone.recipes import FULL_PRECISION
 from halftone.report.summary import FLOOR, FULL_PRECISION_ROWS, Row, source_of
+from halftone.unconditional import set_of
 
 PERCENT = "\u00a0%"  # kept with its number
 FEWEST_FOR_FRECHET = (
@@ -115,6 +116,11 @@ def _name(row: Row) -> str:
     bits = "".join(f"{letter}{width}" for letter, width in widths if not blank(width))
     protocol = ", sites of its paper" if row.get("protocol") == "paper" else ""
     return f"{row['recipe']} {bits}{protocol}".strip()
+
+
+def prompted(row: Row) -> bool:
+    """Whether a row's images were asked for by prompts: not those of a model without text."""
+    return set_of(row.get("prompts_sha256"), int(row.get("n_images") or 0)) is None
 
 
 def shown(row: Row, name: str) -> bool:

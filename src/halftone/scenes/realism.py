@@ -1,7 +1,7 @@
 """How far pictures of an unconditional model are from renders: distances, readability, and a blind list.
 
-``python -m halftone.scenes.realism MODEL``. Both sides are 32x32 and are doubled to 64x64, nearest, for
-the feature network and the checker, which were made for 64x64. The floor is the distance of as many
+``python -m halftone.scenes.realism MODEL``. Both sides are 32x32; the feature network and the checker, which
+were made for 64x64, see them doubled, nearest. The floor is the distance of as many
 other renders to the same reference, computed in the same way. ``blind.png`` is for a reader who guesses
 which pictures are renders; ``blind-key.json`` says which ones are.
 """
@@ -113,7 +113,7 @@ def measure(folder: Path, images: int, seed: int, out: Path) -> dict[str, Any]:
     renders, reference = (uncond.pictures(images, np.random.default_rng([seed, k])) for k in (1, 2))
     generated = uncond.sample(uncond.load(folder), images, seed)
     network = open_network("scenes")
-    features = [network.features(uncond.double(p)) for p in (generated, renders, reference)]
+    features = [network.features(p) for p in (generated, renders, reference)]
     figures: dict[str, Any] = {
         "images": images,
         "seed": seed,

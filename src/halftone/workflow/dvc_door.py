@@ -61,6 +61,12 @@ def check(settings: Settings) -> None:
                 f"models.{name}.path: {model.path} lies outside {MODELS}, which is what dvc.yaml watches: "
                 "move it there, or run Snakemake without DVC (halftone run)"
             )
+    for name, model in settings.models.items():
+        if models.real_files(model) and not _inside(str(model.real_images), MODELS):
+            raise UserError(
+                f"models.{name}.real_images: {model.real_images} lies outside {MODELS}, which is what "
+                "dvc.yaml watches: move it there, or run Snakemake without DVC (halftone run)"
+            )
     for kind, path in settings.prompts.items():
         if not _inside(path, PROMPTS):
             raise UserError(

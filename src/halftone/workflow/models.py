@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from halftone.errors import UserError
-from halftone.settings import Metrics, Model
+from halftone.settings import RENDERS, Metrics, Model
 
 METRIC_NETWORKS = Path("data/models/scenes-metrics")
 _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -39,6 +39,17 @@ def files(model: Model) -> list[str]:
             "a commit, so that the same weights are loaded every time"
         )
     return []
+
+
+def real_files(model: Model) -> list[str]:
+    """The files of a model's own real images; none for renders. Raises UserError where they are not there."""
+    if model.real_images in (None, RENDERS):
+        return []
+    path = Path(model.real_images)
+    found = _listed(path) if path.is_dir() else [str(path)] if path.is_file() else []
+    if not found:
+        raise UserError(f"{path}: no such folder or zip of real images; correct models.*.real_images")
+    return found
 
 
 def metric_files(metrics: Metrics) -> list[str]:

@@ -34,7 +34,7 @@ def _source(model: Model) -> list[str]:
 
 
 def _sampler(model: Model) -> list[str]:
-    return _flags(steps=model.steps, guidance=model.guidance, resolution=model.resolution)
+    return _flags(steps=model.steps, guidance=model.guidance_scale, resolution=model.resolution)
 
 
 def _recipe(row: Scenario) -> list[str]:
@@ -63,6 +63,10 @@ def _calibrate(settings: Settings, key: str) -> list[str]:
     return [*_source(settings.models[row.model]), *_recipe(row), *flags]
 
 
+def _sensitivity(settings: Settings, key: str) -> list[str]:
+    return [*_calibrate(settings, key), *_flags(clip=settings.metrics.clip)]
+
+
 def _analyze(settings: Settings, key: str) -> list[str]:
     return _flags(name=key)
 
@@ -78,7 +82,8 @@ def _sample(settings: Settings, key: str) -> list[str]:
     source = [paths.ARTEFACT.format(scenario=key)] if row.quantized else [*_source(model), *_sampler(model)]
     tier = settings.tiers[row.tier]
     seeds = {"seed_a": how.seed_a} if tier.paired else {"seed_a": how.seed_a, "seed_b": how.seed_b}
-    flags = _flags(n_images=tier.n_images, **seeds, name=key)
+    image_set = tier.prompts if model.unconditional else None
+    flags = _flags(n_images=tier.n_images, image_set=image_set, **seeds, name=key)
     if row.execution is RowExecution.INTEGER:
         flags += _flags(execution=row.execution)
     return [*source, *flags, *(["--paired"] if tier.paired else [])]
@@ -92,6 +97,7 @@ def _metrics(settings: Settings, key: str) -> list[str]:
         features=how.features,
         clip=how.clip,
         bootstrap=how.bootstrap,
+        real_images=settings.models[row.model].real_images,
         seed=settings.seed,
         model=row.model,
         tier=row.tier,
@@ -102,6 +108,7 @@ def _metrics(settings: Settings, key: str) -> list[str]:
 _MAKERS = {
     Rule.CALIBRATION_DATA: _calibration_data,
     Rule.RECONSTRUCT: _reconstruct,
+    Rule.SENSITIVITY: _sensitivity,
     Rule.CALIBRATE: _calibrate,
     Rule.ANALYZE: _analyze,
     Rule.EXPORT: _export,

@@ -19,6 +19,8 @@ UNITS = SCRATCH / "units"
 
 CALIBRATION_DATA = "results/calibration_data/{model}.safetensors"
 RECONSTRUCT = "results/reconstruct/{scenario}/weights.safetensors"
+SENSITIVITY = "results/sensitivity/{scenario}/sensitivity.json"
+SENSITIVITY_PLOT = "results/sensitivity/{scenario}/sensitivity.svg"
 CALIBRATE = "results/calibrate/{scenario}/state.safetensors"
 ANALYSIS = "results/analyze/{scenario}"
 PLAN = "results/analyze/{scenario}/plan.json"
@@ -39,6 +41,7 @@ class Rule(StrEnum):
 
     CALIBRATION_DATA = "calibration_data"
     RECONSTRUCT = "reconstruct"
+    SENSITIVITY = "sensitivity"
     CALIBRATE = "calibrate"
     ANALYZE = "analyze"
     EXPORT = "export"
@@ -59,6 +62,7 @@ class Rule(StrEnum):
 _OUTPUTS = {
     Rule.CALIBRATION_DATA: (CALIBRATION_DATA,),
     Rule.RECONSTRUCT: (RECONSTRUCT,),
+    Rule.SENSITIVITY: (SENSITIVITY, SENSITIVITY_PLOT),
     Rule.CALIBRATE: (CALIBRATE,),
     Rule.ANALYZE: (PLAN, STATISTICS, RANGES),
     Rule.EXPORT: (MANIFEST,),
@@ -80,6 +84,8 @@ def applies(settings: Settings, rule: Rule, scenario: str) -> bool:
     row = settings.scenarios[scenario]
     if not row.quantized:
         return rule in (Rule.SAMPLE, Rule.METRICS)
+    if rule is Rule.SENSITIVITY:
+        return relaxed_by_measure(settings, scenario)
     return rule is not Rule.RECONSTRUCT or reconstructed(settings, scenario)
 
 
@@ -89,6 +95,14 @@ def reconstructed(settings: Settings, scenario: str) -> bool:
 
     row = settings.scenarios[scenario]
     return row.quantized and row.resolved_axes().rounding is not Rounding.NEAREST
+
+
+def relaxed_by_measure(settings: Settings, scenario: str) -> bool:
+    """Whether the calls that the scenario relaxes are chosen by measurement."""
+    from halftone.relaxing import Interval
+
+    row = settings.scenarios[scenario]
+    return row.quantized and row.resolved_axes().relaxing == Interval.AUTO
 
 
 def outputs(settings: Settings, rule: Rule, key: str = "") -> list[str]:
