@@ -170,7 +170,8 @@ def _images(first: Path, second: Path, full: Path | None, prompts: Path | None, 
     found = compare_images(first, second, full, prompts, open_network(features))
     _table("first", "second", found.changes)
     print(f"{found.identical} of {found.count} images identical")
-    print(f"PSNR between them: median {found.psnr_median:.1f} dB, {RARE}th percentile {found.psnr_rare:.1f} dB")
+    rare = f"{RARE}th percentile {found.psnr_rare:.1f} dB"
+    print(f"PSNR between them: median {found.psnr_median:.1f} dB, {rare}")
     print(f"not distinguishable in {', '.join(c.name for c in found.changes if not c.clear) or 'nothing'}")
 
 
