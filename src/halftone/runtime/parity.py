@@ -132,7 +132,7 @@ def measure(
     exact: Built,
     trajectory: Trajectory,
     *,
-    prompts: int = 4,
+    prompts: int = 2,
     calls: int = 6,
 ) -> Parity:
     """Compare a denoiser in integers with the simulated one, and that with the full-precision one.
