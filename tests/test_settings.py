@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from halftone.errors import UserError
-from halftone.settings import Settings, load, validate
+from halftone.settings import PromptSet, Settings, load, validate
 from halftone.workflow import config
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +86,8 @@ def test_the_headline_reads_the_test_prompts(monkeypatch: pytest.MonkeyPatch) ->
         (f"scenarios/{FP}", None, "exactly one scenario with recipe fp"),
         ("scenarios/with.dot", PARAMS["scenarios"][STATIC], "id 'with.dot'"),
         ("metrics/features", "vgg", "metrics.features"),
+        ("models/scenes-t2i/unconditional", True, "guidance does not apply to an unconditional model"),
+        ("models/scenes-t2i/real_images", "scenes", "captions of scenes have their renders anyway"),
         ("reconstruction/budget", "huge", "reconstruction.budget"),
     ],
 )
@@ -95,6 +97,23 @@ def test_a_wrong_value_is_named(path: str, value: Any, message: str) -> None:
     assert message in str(fault.value)
     assert str(fault.value).startswith("params.yaml: ")
     assert "\n" not in str(fault.value)
+
+
+def test_a_model_without_text_needs_no_prompt_files() -> None:
+    plain = edited("prompts", None)
+    plain["models"]["scenes-t2i"] = {"path": "data/models/plain", "unconditional": True}
+    settings = validate(plain)
+    assert settings.prompt_file("scenes-t2i", PromptSet.CALIBRATION) is None
+    assert settings.models["scenes-t2i"].guidance_scale is None
+    # beside a model with text, only the tiers of that one need files
+    mixed = edited("models/plain", {"path": "data/models/plain", "unconditional": True})
+    mixed["tiers"]["other"] = {"prompts": "test", "n_images": 4}
+    mixed["scenarios"]["plain_fp_other"] = {"model": "plain", "recipe": "fp", "tier": "other"}
+    del mixed["prompts"]["test"]
+    validate(mixed)
+    mixed["scenarios"]["t2i_fp_other"] = {"model": "scenes-t2i", "recipe": "fp", "tier": "other"}
+    with pytest.raises(UserError, match=r"tiers\.other\.prompts: prompts\.test names no file"):
+        validate(mixed)
 
 
 @pytest.mark.parametrize(
