@@ -16,7 +16,7 @@ from pathlib import Path
 
 from halftone.passes.schedule import SCHEDULES, STEP_SIZES
 from halftone.recipes import CalibrationInputs, StepSize
-from halftone.sensitivity import WINDOWS
+from halftone.relaxing import WINDOWS
 from halftone.settings import Settings
 from halftone.workflow.paths import TIMINGS, Rule, applies, outputs
 

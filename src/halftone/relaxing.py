@@ -55,6 +55,8 @@ class Calls(BaseModel):
         return self
 
 
+WINDOWS = 9
+"""Of calls, that `halftone sensitivity` tells apart."""
 Relaxing = Interval | Share | Calls
 _PUBLISHED = {Interval.NEAR_X0: (0.8, 1.0), Interval.NEAR_XT: (0.0, 0.2)}  # for SD 1.4/1.5 and for SDXL
 

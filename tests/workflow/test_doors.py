@@ -38,7 +38,7 @@ def checked_out(recorded: Path, tmp_path: Path) -> Path:
 
 def test_record_enters_every_stage(recorded: Path) -> None:
     stages = yaml.safe_load((recorded / "dvc.lock").read_text())["stages"]
-    assert len(stages) == 1 + 3 * 6 + 2
+    assert len(stages) == 1 + 3 * 7 + 2
     assert dvc(recorded, "status", "--quiet").returncode == 0
     assert not [job.name for job in plan(recorded) if job.runs]
 
@@ -94,7 +94,8 @@ def test_dvc_runs_one_scenarios_chain_when_its_bits_change(recorded: Path, tmp_p
     said = dvc(tree, "repro", f"sample@{STATIC}")
     assert said.returncode == 0, said.stderr + said.stdout
     ran = [line.split("'")[1] for line in said.stdout.splitlines() if line.startswith("Running stage")]
-    assert ran == [f"{step}@{STATIC}" for step in ("reconstruct", "calibrate", "analyze", "export", "sample")]
+    steps = ("reconstruct", "sensitivity", "calibrate", "analyze", "export", "sample")
+    assert ran == [f"{step}@{STATIC}" for step in steps]
     left = {job.name for job in plan(tree) if job.runs}
     assert left == {f"metrics {STATIC}", "summary", "report"}
 

@@ -44,7 +44,9 @@ rule sensitivity:
     input:
         data=data_of,
         weights=weights_of,
-        prompts=lambda wildcards: calibration_prompts_of(wildcards.scenario),
+        prompts=lambda wildcards: prompt_files(
+            SETTINGS.scenarios[wildcards.scenario].model, PromptSet.CALIBRATION
+        ),
         model=model_files,
     output:
         data=SENSITIVITY,
@@ -58,7 +60,7 @@ rule sensitivity:
         gpu=GPU,
     params:
         **step("sensitivity"),
-        folder=subpath(output.data, parent=True),
+        folder=SENSITIVITY_FOLDER,
         weights=lambda wildcards, input: (
             f"--weights {input.weights}" if input.weights else ""
         ),

@@ -30,6 +30,7 @@ from halftone.workflow.paths import (
     REPORT,
     SCRATCH,
     SENSITIVITY,
+    SENSITIVITY_FOLDER,
     SENSITIVITY_PLOT,
     UNITS,
     SHARD,

@@ -13,7 +13,7 @@ from halftone import tracking
 from halftone.cli import options
 from halftone.cli.calibrate import check_weights, codes_of
 from halftone.errors import UserError
-from halftone.relaxing import Interval
+from halftone.relaxing import WINDOWS, Interval
 from halftone.settings import Protocol, Reconstruction
 
 
@@ -34,7 +34,9 @@ def verb(
     clip: Annotated[
         str, typer.Option(help="Of the text match: scenes, or an open_clip model as ARCHITECTURE/WEIGHTS.")
     ] = options.METRICS.clip,
-    windows: Annotated[int, typer.Option(min=2, max=1000, help="Runs of calls that are told apart.")] = 9,
+    windows: Annotated[
+        int, typer.Option(min=2, max=1000, help="Runs of calls that are told apart.")
+    ] = WINDOWS,
     revision: options.Revision = None,
     axes: options.AxesOption = None,
     protocol: options.ProtocolOption = Protocol.EQUAL,

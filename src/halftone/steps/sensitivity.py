@@ -29,7 +29,7 @@ from halftone.passes.state import set_parameters
 from halftone.progress import Progress
 from halftone.provenance import Provenance
 from halftone.recipes import TimeAxis
-from halftone.relaxing import Interval, Relaxation
+from halftone.relaxing import WINDOWS, Interval, Relaxation
 from halftone.sensitivity import CLEAR, Measured, Sensitivity, Window, capacity, chosen, gains, windows
 from halftone.settings import Reconstruction
 from halftone.source import Source
@@ -37,7 +37,6 @@ from halftone.steps.calibrate import calibrate, restored
 from halftone.steps.choice import Choice
 from halftone.trajectory import Trajectory
 
-WINDOWS = 9
 _DIGITS = 6
 
 

@@ -19,6 +19,7 @@ UNITS = SCRATCH / "units"
 
 CALIBRATION_DATA = "results/calibration_data/{model}.safetensors"
 RECONSTRUCT = "results/reconstruct/{scenario}/weights.safetensors"
+SENSITIVITY_FOLDER = "results/sensitivity/{scenario}"
 SENSITIVITY = "results/sensitivity/{scenario}/sensitivity.json"
 SENSITIVITY_PLOT = "results/sensitivity/{scenario}/sensitivity.svg"
 CALIBRATE = "results/calibrate/{scenario}/state.safetensors"
