@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def test_all_files_are_covered(shared: Path) -> None:
     found = {p.relative_to(shared).as_posix() for p in shared.rglob("*") if p.is_file()}
     assert set(names(shared)) == found
     assert len(found) == 13, "the parametrization above counts them"
+
+
+def test_flipped_bytes_lie_all_over(shared: Path) -> None:
+    """How much the test of flipped bytes covers: no more than a 120th of a file lies between two of them."""
+    walked = {name: sorted(set(places(shared / name))) for name in names(shared)}
+    count = sum(map(len, walked.values()))
+    print(f"{count} bytes flipped, one at a time, in {len(walked)} files")
+    assert count >= 3000
+    for name, bytes_walked in walked.items():
+        size = (shared / name).stat().st_size
+        gaps = [b - a for a, b in pairwise([*bytes_walked, size])]
+        assert bytes_walked[0] == 0
+        assert max(gaps) <= max(1, size // 120), name
 
 
 def test_truncated_longer_and_missing_files(shared: Path) -> None:
