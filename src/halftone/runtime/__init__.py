@@ -1,1 +1,1 @@
-"""How a quantized denoiser is run: `simulated` in float, by integer codes dequantized once."""
+"""How a quantized denoiser is run: `simulated` in float, or `integer`, on the CPU."""
