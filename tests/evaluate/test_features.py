@@ -14,6 +14,7 @@ import torch
 from halftone.errors import UserError
 from halftone.evaluate import alignment, distances, features
 from halftone.evaluate.features import Images, ScenesFeatures, feature_lpips
+from halftone.scenes import uncond
 from halftone.scenes.corruptions import CORRUPTIONS, Corruption, corrupt
 from halftone.scenes.grammar import Scene, caption, sample_scene
 from halftone.scenes.metric_clip import swaps
@@ -116,6 +117,13 @@ def test_the_same_image_has_the_same_features(network: ScenesFeatures, real: Ima
     assert torch.allclose(found[64:], network.features(real[64:70]), atol=1e-4)
     assert float(network.perceptual(real[:4], real[:4]).abs().max()) == 0.0
     assert network.features(real[:2, ::2, ::2]).shape == (2, 64)  # other sides are resized
+
+
+def test_half_size_images_are_seen_doubled(network: ScenesFeatures, real: Images) -> None:
+    small = uncond.halve(real[:4])
+    assert torch.equal(network.features(small), network.features(uncond.double(small)))
+    doubled = [uncond.double(x) for x in (small, small[::-1])]
+    assert torch.equal(network.perceptual(small, small[::-1]), network.perceptual(*doubled))
 
 
 def test_feature_lpips_is_bounded_and_blind_to_scale() -> None:

@@ -217,3 +217,16 @@ def test_what_does_not_belong_together_is_refused(scenes: tuple[ImageSet, list[s
         measurer().measure(whole, whole, prompts, {**IDENTITY, "colour": 1})
     with pytest.raises(ValueError, match="seed sets differ"):
         ImageSet(whole.a, whole.b[:-1])
+
+
+def test_without_prompts_the_distances_remain(many: tuple[ImageSet, list[str]]) -> None:
+    whole, _ = many
+    worse = ImageSet(noisy(whole.a // 2, 30, 3), noisy(whole.b // 2, 30, 4))
+    found = measurer().measure(worse, whole, None, IDENTITY, real_images=whole.b)
+    (row,) = found.rows
+    expected = distances.frechet(Averages().features(worse.a), Averages().features(whole.b))
+    assert row["fid_to_real"] == pytest.approx(expected, rel=1e-5)
+    assert row["fid_to_real_lo"] < row["fid_to_real"] < row["fid_to_real_hi"]
+    assert row["clip_score"] is row["alignment"] is None
+    assert (list(found.differences), found.clip) == (["fid_excess"], None)
+    assert found.verdict == "differs from full precision in fid_excess"

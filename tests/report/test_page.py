@@ -18,10 +18,13 @@ from small_run import FP, MINMAX, STATIC, N, images_of, row, write_images, write
 from halftone.errors import UserError
 from halftone.evaluate.statistics import SAME, Estimate, verdict
 from halftone.files import read_json, write_json, write_text
+from halftone.prompts import prompts_sha256
 from halftone.report.evidence import gather
 from halftone.report.evidence import verdict as in_words
 from halftone.report.page import render, write_report
-from halftone.report.summary import read_csv, summarize
+from halftone.report.summary import check_comparable, read_csv, summarize
+from halftone.settings import PromptSet
+from halftone.unconditional import numbered
 
 
 class Page(HTMLParser):
@@ -221,3 +224,21 @@ def test_the_page_needs_no_torch() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}, check=False).returncode == 0
     )
+
+
+def test_two_models_share_no_table(results: Path) -> None:
+    rows = read_csv(results / "summary.csv")
+    plain = prompts_sha256(numbered(PromptSet.VALIDATION, 1000))
+    changes = {"model": "plain", "n_images": 1000, "prompts_sha256": plain, "alignment": None}
+    changes |= {"alignment_lo": None, "alignment_hi": None, "clip_score": None, "fid_to_real": 1.25}
+    others = [{**row, **changes, "scenario": f"plain-{row['scenario']}"} for row in rows]
+    check_comparable([*rows, *others])  # never compared, so they may differ in everything
+    tables = re.findall(r"<table.*?</table>", render([*rows, *others], {}), flags=re.DOTALL)
+    of_text = [table for table in tables if "m_fp_demo<" in table.replace("plain-m_fp_demo", "")]
+    assert len(tables) == 4
+    assert len(of_text) == 1
+    assert not any("plain-m_" in table for table in of_text)
+    heads = [re.findall(r"<th[^>]*>([^<]+)", table) for table in tables[:2]]
+    assert "alignment" in " ".join(heads[0])
+    assert "alignment" not in " ".join(heads[1])
+    assert "FID to real images" in " ".join(heads[1])

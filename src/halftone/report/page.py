@@ -77,7 +77,7 @@ def render(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> str:
             if found.plan is not None
         ],
         columns=COLUMNS,
-        every=_every(rows),
+        every=[_every(group) for group in groups(rows)],
         environment=_environment(rows, evidence),
         reproduce=_reproduce(rows, evidence),
         version=__version__,
@@ -231,11 +231,14 @@ def _scenario(name: str, row: Row, plan: Plan, ranges: str | None) -> dict[str, 
 
 
 def _every(rows: Sequence[Row]) -> dict[str, Any]:
+    """All figures of one model and tier; distances of two of them do not compare and share no table."""
+
     def visible(row: Row, name: str) -> bool:
         return shown(row, name)
 
     names = [name for name in NAMES if any(visible(row, name) for row in rows)]
     return {
+        "title": f"{rows[0]['model']}, tier {rows[0]['tier']}",
         "names": names,
         "rows": [[_plain(row[name]) if visible(row, name) else "" for name in names] for row in rows],
     }
