@@ -21,6 +21,7 @@ from halftone.cli import (
     export,
     inspection,
     metrics,
+    preference,
     propagation,
     proxy,
     reconstruct,
@@ -112,6 +113,7 @@ VERBS: dict[str, dict[str, Verb]] = {
     LOOK: {
         "proxy": proxy.verb,
         "propagation": propagation.verb,
+        "preference": preference.verb,
         "verify": inspection.verify,
         "info": inspection.info,
         "schema": inspection.schema,
