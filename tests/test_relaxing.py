@@ -17,6 +17,7 @@ from halftone import artefact
 from halftone.analysis import resolve as plan_of
 from halftone.artefact.manifest import write_manifest
 from halftone.calls import CallContext
+from halftone.cli import main
 from halftone.denoiser import Site, SiteKind, denoiser_of
 from halftone.errors import UserError
 from halftone.layers import Mode, SiteQuantizer, set_mode
@@ -182,6 +183,17 @@ def test_in_integers_a_relaxed_call_is_exact(made: tuple[Calibrated, Path]) -> N
         wanted = output(simulated, simulated._halftone_context, call)
         assert torch.equal(found, wanted)
     assert seen == {("Int8Product", 6, torch.uint8), ("Int8Product", 10, torch.int32)}
+
+
+def test_plan_and_info_say_which_calls_and_how(
+    made: tuple[Calibrated, Path], tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "calls 1, 3 of 5: activations of 10 bits, 7.600 on average" in artefact.info(made[1])["relaxed"]
+    arguments = ["plan", str(tiny_model_folder), "--recipe", "pcr", "--bits", "w4a8", "--steps", "25"]
+    assert main(arguments) == 0
+    assert "relaxed  calls 20 to 25 of 26: activations of 10 bits, 8.462" in capsys.readouterr().out
+    assert main([*arguments, "--axes", '{"relaxing": "auto"}']) == 0
+    assert "relaxed  calls that halftone sensitivity chooses" in capsys.readouterr().out
 
 
 def test_with_another_step_count_bits_go_with_the_noise_level(made: tuple[Calibrated, Path]) -> None:

@@ -248,6 +248,21 @@ def describe(site: SitePlan) -> str:
     return f"{site.bits}-bit {site.quantizer}, {site.granularity}{time}"
 
 
+def describe_relaxing(plan: Plan) -> str | None:
+    """Which calls have more bits, and how these run; None where there are none."""
+    if plan.relaxation is None:
+        waits = plan.axes.relaxing == Interval.AUTO
+        return "calls that halftone sensitivity chooses" if waits else None
+    calls, average = plan.relaxed_calls, plan.average_activation_bits
+    ends = f"{calls[0]} to {calls[-1]}" if len(calls) == calls[-1] - calls[0] + 1 > 1 else None
+    named = ends or ", ".join(map(str, calls))
+    return (
+        f"calls {named} of {plan.calls}: activations of {plan.axes.relaxed_bits} bits, "
+        f"{average:.3f} on average; "
+        "in integers a layer takes the low and the high byte of a code apart, one product each"
+    )
+
+
 def make_plan(
     denoiser: nn.Module,
     sites: Iterable[Site],

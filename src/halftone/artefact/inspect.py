@@ -13,7 +13,7 @@ from halftone.artefact.load import Description, describe, empty_denoiser, home_o
 from halftone.artefact.manifest import Manifest, artefact_sha256, check_file, check_no_strays, read_manifest
 from halftone.components import Entry, load_component
 from halftone.errors import UserError
-from halftone.plan import MIB
+from halftone.plan import MIB, describe_relaxing
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import packed_size
 from halftone.runtime import choose
@@ -90,6 +90,7 @@ def info(folder: Path | str) -> dict[str, Any]:
         "protocol": plan.protocol.value,
         "axes": plan.axes.model_dump(mode="json"),
         **plan.columns(),
+        "relaxed": describe_relaxing(plan),
         "weight_mib": round(stored / MIB, 3),
         "original_weight_mib": round(plan.sizes.original_mib, 3),
         "size_mib": round(manifest.size / MIB, 3),

@@ -110,6 +110,7 @@ def plan(
     resolved, width = options.axes(recipe, axes), options.bits(bits)
 
     from halftone.analysis import resolve
+    from halftone.plan import describe_relaxing
     from halftone.runtime import choose
     from halftone.skeleton import read_skeleton
 
@@ -130,6 +131,8 @@ def plan(
     print(f"\nweights  {sizes.weight_mib:.1f} MiB {instead}")
     if found.bit_operations is not None:
         print(f"a call   {found.bit_operations.ratio:.1f} times fewer bit operations")
+    if (relaxed := describe_relaxing(found)) is not None:
+        print(f"relaxed  {relaxed}")
     print(f"run by   {found.execution} execution")
     decisions = choose.choose(found, skeleton.denoiser)
     for line in options.kernels(choose.kernels(decisions), choose.fallbacks(decisions)):
