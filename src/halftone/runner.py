@@ -147,16 +147,18 @@ def _table(settings: Settings) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from halftone.report.summary import read_csv
+    from halftone.report.summary import groups, read_csv
     from halftone.report.table import Verdict, table
 
-    rows = read_csv(SUMMARY)
     said = {row: str(read_json(METRICS.format(scenario=row)).get("verdict", "")) for row in settings.rows()}
-    made = table(rows, {row: Verdict("", text) for row, text in said.items()})
-    shown = Table(*(head.label for head in made.heads), box=rich.box.SIMPLE_HEAD)
-    for row in made.rows:
-        shown.add_row(row.name, *(cell.value for cell in row.cells), row.verdict.title)
     console = Console(width=None if sys.stdout.isatty() else 200)
     with console.capture() as written:
-        console.print(shown)
+        for rows in groups(read_csv(SUMMARY)):  # two models share no table
+            made = table(rows, {row: Verdict("", text) for row, text in said.items()})
+            heads = (head.label for head in made.heads)
+            title = f"{rows[0]['model']}, tier {rows[0]['tier']}"
+            shown = Table(*heads, title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+            for row in made.rows:
+                shown.add_row(row.name, *(cell.value for cell in row.cells), row.verdict.title)
+            console.print(shown)
     return written.get()
