@@ -39,9 +39,7 @@ COLUMNS = (
     Column("scenario", "id of the row: model, recipe, bits and tier"),
     Column("recipe", "how it was quantized; fp is full precision, fp-floor the same model on other noise"),
     Column("protocol", "equal: the same sites for every recipe; paper: those its authors quantize"),
-    Column(
-        "tier", "which prompts or noise, how many images; rows of different tiers are never compared"
-    ),
+    Column("tier", "which prompts or noise, how many images; rows of different tiers are never compared"),
     Column("execution", "float, simulated (fake quantization in float) or integer (integer kernels)"),
     Column("weight_bits", "width of the quantized weights"),
     Column("act_bits", "width of the quantized activations"),
