@@ -113,6 +113,7 @@ def uncond(
     images: Annotated[int, typer.Option(help="images seen when the learning rate reaches zero")] = 160_000,
     batch: Annotated[int, typer.Option(help="images a step")] = 16,
     peak: Annotated[float, typer.Option(help="highest learning rate")] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0, help="of weights, renders and noise")] = 7,
     bfloat16: Annotated[bool, typer.Option(help="bfloat16 autocast")] = False,
     compiled: Annotated[bool, typer.Option(help="compile the U-Net first (minutes)")] = False,
     threads: Threads = 2,
@@ -121,7 +122,7 @@ def uncond(
     from halftone.scenes.train_uncond import Plan, Trainer
 
     torch.set_num_threads(threads)
-    plan = Plan(images=images, batch=batch, peak=peak, bfloat16=bfloat16, compiled=compiled)
+    plan = Plan(images, batch, seed, peak, bfloat16=bfloat16, compiled=compiled)
     trainer = Trainer(work, plan)
     trainer.run()
     log_finished("scenes-uncond", trainer)
