@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import halftone
 from halftone import artefact
-from halftone.artefact import Components, tensors
+from halftone.artefact import Components, strict, tensors
 from halftone.artefact.manifest import write_manifest
 from halftone.denoiser import sites
 from halftone.errors import UserError
@@ -144,7 +144,7 @@ def test_float_tensors_take_the_smallest_type_that_holds_them() -> None:
     wide = torch.tensor([1e30, 1.0])
     full = torch.tensor([0.1, 1.0])
     for value, dtype in ((thin, torch.float16), (wide.bfloat16(), torch.bfloat16), (full, torch.float32)):
-        stored = tensors._smallest(value)
+        stored = strict.smallest(value)
         assert stored.dtype is dtype
         assert torch.equal(stored.float(), value.float())
 
@@ -252,7 +252,7 @@ def test_components_can_be_referenced_on_the_hub(
     artefact.write(folder, done.state, done.plan, hosted, Components.REFERENCE)
     assert not (folder / "vae").exists()
     assert (folder / "scheduler").is_dir()
-    assert artefact.info(folder)["referenced"]["vae"] == f"owner/name@{COMMIT}"
+    assert artefact.info(folder)["components"]["vae"]["from"] == f"owner/name@{COMMIT}"
     asked = []
 
     def fetch(repository: str, revision: str, allow_patterns: list[str]) -> str:

@@ -75,6 +75,7 @@ def test_a_pipeline_in_memory_is_handed_back_as_it_was(fresh_pipeline: Any, tmp_
         ({"axes": {"nothing": 1}}, "axes: nothing"),
         ({"n_prompts": 3}, "3 calibration prompts were asked for, 2 are there"),
         ({"prompts": [PROMPTS[0] + " very" * 200]}, "tokens"),
+        ({"components": "reference"}, "is not on the hub at a commit"),
         ({"model": "gone"}, "gone: no such folder or file"),
     ],
 )

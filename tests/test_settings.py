@@ -83,6 +83,8 @@ def test_the_headline_reads_the_test_prompts(monkeypatch: pytest.MonkeyPatch) ->
         (f"scenarios/{FP}/bits", "w8a8", "the full-precision row takes no bits"),
         (f"scenarios/{FP}/execution", "integer", "the full-precision row takes no execution"),
         (f"scenarios/{MINMAX}/execution", "float", "should be 'simulated' or 'integer'"),
+        (f"scenarios/{FP}/components", "int8", "the full-precision row takes no components"),
+        (f"scenarios/{MINMAX}/components", "int4", "should be 'copy', 'reference' or 'int8'"),
         (f"scenarios/{FP}", None, "exactly one scenario with recipe fp"),
         ("scenarios/with.dot", PARAMS["scenarios"][STATIC], "id 'with.dot'"),
         ("metrics/features", "vgg", "metrics.features"),

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from halftone.analysis import resolve
-from halftone.artefact.write import write
+from halftone.artefact.write import check_components, write
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.plan import Plan
 from halftone.prompts import read_prompts
 from halftone.quantizers.bits import Bits
 from halftone.relaxing import Interval
-from halftone.settings import Budget, Calibration, Protocol, Reconstruction
+from halftone.settings import Budget, Calibration, Components, Protocol, Reconstruction
 from halftone.skeleton import skeleton_of
 from halftone.source import Source, load_source
 from halftone.steps.calibrate import calibrate
@@ -51,6 +51,7 @@ def quantize(
     budget: Budget | str = Budget.FAST,
     batch_size: int = 16,
     seed: int = 0,
+    components: Components | str = Components.COPY,
 ) -> Path:
     """Quantize a model and write the artefact; returns its folder, which `halftone.load` reads.
 
@@ -58,14 +59,16 @@ def quantize(
     folder, a hub id with `revision`, a `.safetensors` file. prompts: calibration prompts, or a file with one
     a line; the first `n_prompts` are used (default: 16, or all there are). None for a model without text,
     which is calibrated on `n_prompts` images. steps, guidance, resolution: of the sampling that is calibrated
-    for (guidance by default 7.5; none without text). A folder `.{output}.work` beside the artefact holds the
-    steps' checkpoints until it is written, so that the same call goes on after an interruption. Raises
+    for (guidance by default 7.5; none without text). components: what becomes of text encoder and VAE: a
+    `copy`, a `reference` (hub id and commit) or `int8`. A folder `.{output}.work` beside the artefact holds
+    the steps' checkpoints until it is written, so that the same call goes on after an interruption. Raises
     UserError.
     """
-    choice = choose(recipe, bits, axes, protocol)
+    choice, stored = choose(recipe, bits, axes, protocol), Components(components)
     texts = _first(prompts, n_prompts)
     output = Path(output)
     source = load_source(model, revision) if isinstance(model, str | Path) else source_of(model)
+    check_components(source, stored)
     skeleton = skeleton_of(source.pipeline, resolution)
     trajectory, known = record(
         source, texts, steps=steps, guidance=guidance, resolution=resolution, seed=seed, batch_size=batch_size
@@ -100,7 +103,8 @@ def quantize(
         relaxed = measured.relaxed_calls
     state = calibrate(source, trajectory, known, choice, **how_calibrated, work=work, relaxed=relaxed)
     state.save(work / "state.safetensors", choice.describe(known))
-    write(output, work / "state.safetensors", planned(state.relaxed_calls), source, trajectory=trajectory)
+    chosen = planned(state.relaxed_calls)
+    write(output, work / "state.safetensors", chosen, source, stored, trajectory)
     shutil.rmtree(work)
     return output
 

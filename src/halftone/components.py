@@ -27,6 +27,7 @@ _LARGEST_SIZE = 1 << 24
 _MOST_LAYERS = 1 << 10
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _REMOTE_CODE = ("auto_map", "quantization_config")
+_PLACE_ONLY = ("_name_or_path", "_commit_hash")
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ def config_of(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
+def without_place(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what says where it was read from."""
+    return {key: value for key, value in dict(config).items() if key not in _PLACE_ONLY}
+
+
 def _check_sizes(path: Path, value: Any, key: str = "") -> None:
     """Refuse sizes that no model has, before a library builds one of that size."""
     if isinstance(value, dict):
@@ -218,6 +224,30 @@ def load_component(folder: Path, entry: Entry, dtype: torch.dtype = torch.float3
                 f"{home}: {len(keys)} {kind} weights, the first is {keys[0]}: not a whole {_name(entry.kind)}"
             )
     check_finite(module, str(home))
+    module.eval()
+    return module
+
+
+def empty_component(folder: Path, entry: Entry, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A component with weights from its configuration alone, on the meta device and in evaluation mode.
+
+    Only buffers that no file holds are real; weights that are one tensor are one here. Raises UserError.
+    """
+    from accelerate import init_empty_weights
+    from transformers import PreTrainedModel
+
+    config: Any = config_of(folder, entry.name)
+    kind: Any = entry.kind
+    with explain_load(folder / entry.name, entry.kind):
+        if not issubclass(kind, PreTrainedModel):
+            with init_empty_weights(include_buffers=False):
+                module = kind.from_config(config)
+        else:
+            config = kind.config_class.from_pretrained(folder / entry.name, local_files_only=True)
+            config.dtype = dtype
+            with init_empty_weights(include_buffers=False):
+                module = kind(config)
+            module.tie_weights()  # which building it out of meta tensors undid
     module.eval()
     return module
 

@@ -41,6 +41,16 @@ class RowExecution(StrEnum):
     INTEGER = "integer"
 
 
+class Components(StrEnum):
+    """What becomes of the models beside the denoiser (text encoders, autoencoder) in an artefact: copied,
+    referenced by hub id and commit, or stored with weights of 8 bits, which compute in float.
+    """
+
+    COPY = "copy"
+    REFERENCE = "reference"
+    INT8 = "int8"
+
+
 class PromptSet(StrEnum):
     CALIBRATION = "calibration"
     VALIDATION = "validation"
@@ -139,6 +149,9 @@ class Scenario(_Section):
     execution: RowExecution = Field(
         RowExecution.SIMULATED, description="what samples its images: simulated, or integer, on the CPU"
     )
+    components: Components = Field(
+        Components.COPY, description="text encoder and VAE in the artefact: copy, reference (hub id), or int8"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:
@@ -147,6 +160,8 @@ class Scenario(_Section):
                 raise ValueError("the full-precision row takes no bits and no axes")
             if "execution" in self.model_fields_set:
                 raise ValueError("the full-precision row takes no execution; it is float")
+            if "components" in self.model_fields_set:
+                raise ValueError("the full-precision row takes no components; it has no artefact")
         else:
             resolve(self.recipe, self.axes)
             if self.bits is None:

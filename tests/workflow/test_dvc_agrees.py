@@ -162,6 +162,18 @@ def test_a_leaf_reaches_the_same_steps_through_both(
         assert not dvc - snakemake, f"DVC would run {sorted(dvc - snakemake)}, Snakemake would not"
 
 
+def test_how_components_are_stored_reaches_dvc(
+    tree: Path, jobs: list[Planned], stages: dict[str, Stage]
+) -> None:
+    """The calibration comes out as before, so that the export must see the setting by itself."""
+    leaf = f"scenarios.{STATIC}.components"
+    after = plan(tree, changed(leaf, "int8"))
+    idle = set(stages) - {stage_of(job) for job in after}
+    assert f"export@{STATIC}" in reached_by_snakemake(jobs, after)
+    assert reached_by_snakemake(jobs, after) <= reached_by_dvc(leaf, stages, idle)
+    assert any(leaf.startswith(f"{key}.") for key in stages[f"export@{STATIC}"].params)
+
+
 @pytest.mark.parametrize("leaf", sorted(NOT_ALONE))
 def test_leaves_that_change_rows_reach_the_table(stages: dict[str, Stage], leaf: str) -> None:
     assert {"summary", "report"} <= reached_by_dvc(leaf, stages, set())

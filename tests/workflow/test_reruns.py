@@ -136,6 +136,13 @@ def test_execution_is_a_matter_of_sampling(tree: Path) -> None:
     check(plan(tree, changed(f"scenarios.{MINMAX}.execution", "simulated")), set())
 
 
+def test_components_are_a_matter_of_export(tree: Path) -> None:
+    jobs = plan(tree, changed(f"scenarios.{MINMAX}.components", "int8"))
+    check(jobs, {f"export {MINMAX}"})
+    assert any(job.name == f"export {MINMAX}" and "--components int8" in str(job.settings) for job in jobs)
+    check(plan(tree, changed(f"scenarios.{MINMAX}.components", "copy")), set())
+
+
 def test_swapped_values_are_seen(tree: Path) -> None:
     """Snakemake compares a job's parameters as a set; each of ours is one string with names in it."""
     config = copy.deepcopy(PARAMS)

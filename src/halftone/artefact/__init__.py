@@ -9,7 +9,8 @@ from __future__ import annotations
 from halftone.artefact.inspect import Check, info, verify
 from halftone.artefact.load import load, provenance
 from halftone.artefact.manifest import artefact_sha256, is_artefact
-from halftone.artefact.write import Components, write
+from halftone.artefact.write import write
+from halftone.settings import Components
 
 __all__ = [
     "Check",

@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from halftone.artefact import tensors
-from halftone.artefact.load import Description, describe, empty_denoiser, home_of, load
+from halftone.artefact import strict, tensors, weight_only
+from halftone.artefact.load import Description, describe, empty_denoiser, load, load_beside
 from halftone.artefact.manifest import Manifest, artefact_sha256, check_file, check_no_strays, read_manifest
-from halftone.components import Entry, load_component
 from halftone.errors import UserError
 from halftone.plan import MIB, describe_relaxing
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import packed_size
 from halftone.runtime import choose
+from halftone.settings import Components
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,10 @@ def verify(folder: Path | str) -> list[Check]:
     check("tensors", lambda: tensors.load(described.tensors, described.plan, empty_denoiser(described)))
     for name, entry in described.index.entries.items():
         if name != described.index.denoiser.name:
-            check(name, partial(_load, described, entry))
+            check(name, partial(load_beside, described, entry))
     if all(c.passed for c in checks):
         check("loads", lambda: load(folder))
     return checks
-
-
-def _load(described: Description, entry: Entry) -> None:
-    load_component(home_of(described, entry.name), entry)
 
 
 def info(folder: Path | str) -> dict[str, Any]:
@@ -98,18 +94,31 @@ def info(folder: Path | str) -> dict[str, Any]:
         "quantized_sites": len(plan.quantized),
         "float": dict(plan.float_list()),
         "integer": {"kernels": choose.kernels(decisions), "fallbacks": choose.fallbacks(decisions)},
-        "referenced": {
-            name: f"{reference.repository}@{reference.revision}"
-            for name, reference in described.references.items()
-        },
+        "components": {name: component_facts(described, name) for name in described.index.entries},
         "parity": {} if described.parity is None else described.parity.columns(),
         "files": len(manifest.files) + 1,
         "provenance": described.provenance.model_dump(mode="json"),
     }
 
 
+def component_facts(described: Description, name: str) -> dict[str, Any]:
+    """Of one component: how it is stored, MiB, where it is referenced, what lies beside int8 in float."""
+    kept = described.manifest.files
+    facts: dict[str, Any] = {"stored": "quantized"}
+    if name != described.index.denoiser.name:
+        facts["stored"] = described.stored(name).value
+    if name in described.references:
+        reference = described.references[name]
+        kept = reference.files
+        facts["from"] = f"{reference.repository}@{reference.revision}"
+    elif facts["stored"] == Components.INT8:
+        facts["float"] = strict.float_names(described.folder / name / weight_only.FILE)
+    size = sum(file.size for path, file in kept.items() if path.startswith(f"{name}/"))
+    return {**facts, "size_mib": round(size / MIB, 3)}
+
+
 def ideal_bytes(described: Description) -> int:
     """Bytes of the denoiser's codes at their bits, and of its float rest as it is stored; nothing else."""
     bits = Bits.parse(described.plan.bits)
     codes = sum(packed_size(site.elements or 0, bits.weight) for site in tensors.weight_sites(described.plan))
-    return codes + tensors.float_bytes(described.tensors)
+    return codes + strict.float_bytes(described.tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from halftone.artefact import tensors
+from halftone.artefact import tensors, weight_only
 from halftone.artefact.manifest import (
     PARITY,
     PROVENANCE,
@@ -23,7 +24,7 @@ from halftone.artefact.manifest import (
     read_manifest,
 )
 from halftone.calls import CallContext
-from halftone.components import INDEX, Index, assemble, config_of, explain_load, load_component, read_index
+from halftone.components import INDEX, Entry, Index, assemble, empty_component, load_component, read_index
 from halftone.errors import UserError
 from halftone.files import read_json, sha256
 from halftone.plan import Execution, Plan
@@ -31,6 +32,7 @@ from halftone.provenance import Provenance
 from halftone.quantizers.bits import Bits
 from halftone.runtime import integer, simulated
 from halftone.runtime.parity import Parity
+from halftone.settings import Components
 from halftone.source import download
 
 PLAN, REFERENCES = "plan.json", "components.json"
@@ -62,6 +64,12 @@ class Description:
     @property
     def tensors(self) -> Path:
         return self.folder / self.index.denoiser.name / tensors.FILE
+
+    def stored(self, name: str) -> Components:
+        """How a component other than the denoiser is kept."""
+        if name in self.references:
+            return Components.REFERENCE
+        return Components.INT8 if f"{name}/{weight_only.FILE}" in self.manifest.files else Components.COPY
 
 
 def load(
@@ -99,14 +107,30 @@ def load(
     if name in components:
         raise UserError(f"{name} is what the artefact holds; load another artefact to use another one")
     loaded = {name: denoiser, **components}
-    for other in described.index.entries:
-        if other not in loaded:
-            loaded[other] = load_component(home_of(described, other), described.index.entries[other], dtype)
+    for entry in described.index.entries.values():
+        if entry.name not in loaded:
+            loaded[entry.name] = load_beside(described, entry, dtype)
     pipeline = assemble(described.folder, loaded)
     if device is not None:
         pipeline.to(device)
     context.attach(denoiser, pipeline)
+    denoiser.save_pretrained = pipeline.save_pretrained = partial(_refuse_saving, described.folder)
     return pipeline
+
+
+def _refuse_saving(artefact: Path, *arguments: Any, **options: Any) -> None:
+    """In place of a quantized model's `save_pretrained`, whose files no library could read again."""
+    raise UserError(
+        f"{artefact}: its denoiser is quantized and has no diffusers form; copy the artefact's folder, "
+        "or save other components by themselves (pipeline.vae.save_pretrained)"
+    )
+
+
+def load_beside(described: Description, entry: Entry, dtype: torch.dtype = torch.float32) -> Any:
+    """A component other than the denoiser, from wherever and however it is kept. Raises UserError."""
+    if described.stored(entry.name) is Components.INT8:
+        return weight_only.load(described.folder, entry, dtype)
+    return load_component(home_of(described, entry.name), entry, dtype)
 
 
 def _builder(execution: Execution | str, device: torch.device | str | None) -> Callable[..., Any]:
@@ -152,13 +176,7 @@ def describe(folder: Path) -> Description:
 
 def empty_denoiser(described: Description) -> nn.Module:
     """The denoiser on the meta device, from its configuration; only buffers that no file holds are real."""
-    from accelerate import init_empty_weights
-
-    entry = described.index.denoiser
-    config = config_of(described.folder, entry.name)
-    kind: Any = entry.kind
-    with explain_load(described.folder / entry.name, entry.kind), init_empty_weights(include_buffers=False):
-        return kind.from_config(config)
+    return empty_component(described.folder, described.index.denoiser)
 
 
 def home_of(described: Description, name: str) -> Path:
@@ -232,6 +250,8 @@ def _check_layout(folder: Path, manifest: Manifest, index: Index, references: It
     if missing := needed - set(manifest.files):
         raise UserError(f"{folder}: the manifest lacks {min(missing)}; this is no whole artefact")
     copied = set(index.entries) - set(references) - {denoiser}
+    for name in copied:
+        _check_int8(folder, manifest, index.entries[name])
     for name in set(manifest.files) - needed - {REFERENCES, PARITY}:
         home, _, rest = name.partition("/")
         if home not in copied or "/" in rest or not rest.endswith(SUFFIXES):
@@ -239,3 +259,13 @@ def _check_layout(folder: Path, manifest: Manifest, index: Index, references: It
     for name in copied:
         if not any(file.startswith(f"{name}/") for file in manifest.files):
             raise UserError(f"{folder}: component {name!r} is missing; the artefact is incomplete")
+
+
+def _check_int8(folder: Path, manifest: Manifest, entry: Entry) -> None:
+    """Where a component has int8 weights, these and its configuration are all that it has."""
+    allowed = {f"{entry.name}/config.json", f"{entry.name}/{weight_only.FILE}"}
+    found = {name for name in manifest.files if name.startswith(f"{entry.name}/")}
+    if f"{entry.name}/{weight_only.FILE}" in found:
+        strays = found - allowed if issubclass(entry.kind, nn.Module) else found
+        if strays:
+            raise UserError(f"{folder}: {min(strays)} has no place in an artefact; do not trust it")

@@ -20,18 +20,15 @@ long they are follows from the plan and the denoiser's configuration; reading re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from halftone.components import first_line
+from halftone.artefact import strict
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
 from halftone.plan import Plan, SitePlan
@@ -41,9 +38,6 @@ from halftone.quantizers.packing import pack, packed_size, unpack
 
 FILE = "quantized.safetensors"
 _WHOLE = (torch.uint8, torch.int16, torch.int32)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_NAMES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
-_NAMES |= {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -87,14 +81,13 @@ def save(path: Path, contents: Contents, plan: Plan) -> None:
         tensors[f"{group}/scale"] = _table([scale for scale, _ in pairs]).float()
         tensors[f"{group}/zero_point"] = _whole(_table([zero_point for _, zero_point in pairs]), group)
     for name, value in contents.floats.items():
-        tensors[f"float/{name}"] = _smallest(value)
+        tensors[f"{strict.FLOAT}{name}"] = strict.smallest(value)
     tensors["timesteps"] = contents.timesteps.double()
     tensors["noise_levels"] = contents.noise_levels.double()
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{name} holds NaN or infinity; run halftone calibrate again")
-    # one key only: safetensors writes several in no fixed order
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+    strict.write(path, tensors)
 
 
 def load(path: Path, plan: Plan, denoiser: nn.Module) -> Contents:
@@ -103,36 +96,16 @@ def load(path: Path, plan: Plan, denoiser: nn.Module) -> Contents:
     Every key, dtype and shape is checked against these before a tensor is read, then the values: scales
     positive, everything finite. Raises UserError naming the key.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            expected = expected_tensors(plan, denoiser)
-            _check_keys(path, set(file.keys()), expected)
-            for name, (dtypes, shape) in expected.items():
-                piece = file.get_slice(name)
-                found, dtype = tuple(piece.get_shape()), _NAMES.get(piece.get_dtype())
-                if dtype not in dtypes:
-                    wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-                    raise UserError(f"{path}: {name} is {piece.get_dtype()}, it should be {wanted}")
-                if found != shape:
-                    raise UserError(f"{path}: {name} has shape {found}, it should be {shape}")
-            tensors = {name: file.get_tensor(name) for name in expected}
-    except (SafetensorError, OSError) as fault:
-        raise UserError(f"{path}: not sound ({first_line(fault)}); get the artefact again") from None
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{path}: {name} holds NaN or infinity")
-        if name in ("weight/scale", "activation/scale") and not (value > 0).all():
-            raise UserError(f"{path}: {name} holds a scale that is not positive")
+    expected = expected_tensors(plan, denoiser)
+    tensors = strict.read(path, expected, positive=("weight/scale", "activation/scale"))
     return _unpacked(path, plan, denoiser, tensors)
 
 
-def expected_tensors(
-    plan: Plan, denoiser: nn.Module
-) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
+def expected_tensors(plan: Plan, denoiser: nn.Module) -> strict.Expected:
     """Key -> (dtypes allowed, shape) of a plan's denoiser. Raises UserError where the two do not fit."""
     state = denoiser.state_dict()
     bits = Bits.parse(plan.bits)
-    expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {}
+    expected: strict.Expected = {}
     quantized = set()
     for site in weight_sites(plan):
         weight = state.get(f"{site.module}.weight")
@@ -157,20 +130,10 @@ def expected_tensors(
         expected[f"{group}/zero_point"] = _WHOLE, (entries,)
     for name, value in state.items():
         if name not in quantized:
-            dtypes = _FLOATS if value.is_floating_point() else (value.dtype,)
-            expected[f"float/{name}"] = dtypes, tuple(value.shape)
+            expected[f"{strict.FLOAT}{name}"] = strict.types_of(value), tuple(value.shape)
     for name in ("timesteps", "noise_levels"):
         expected[name] = (torch.float64,), (plan.calls,)
     return expected
-
-
-def _check_keys(path: Path, found: set[str], expected: Iterable[str]) -> None:
-    wanted = set(expected)
-    for problem, names in (("lacks", wanted - found), ("has the unknown", found - wanted)):
-        if names:
-            raise UserError(
-                f"{path}: {problem} {min(names)[:200]} ({len(names)} in all); get the artefact again"
-            )
 
 
 def _unpacked(path: Path, plan: Plan, denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Contents:
@@ -194,9 +157,9 @@ def _unpacked(path: Path, plan: Plan, denoiser: nn.Module, tensors: Mapping[str,
             _per_call(zero_point, site, shape),
         )
     floats: dict[str, Any] = {
-        name.removeprefix("float/"): value.float() if value.is_floating_point() else value
+        name.removeprefix(strict.FLOAT): value.float() if value.is_floating_point() else value
         for name, value in tensors.items()
-        if name.startswith("float/")
+        if name.startswith(strict.FLOAT)
     }
     return Contents(weights, activations, floats, tensors["timesteps"], tensors["noise_levels"])
 
@@ -251,18 +214,3 @@ def _whole(value: Tensor, where: str) -> Tensor:
             if bool((whole == value).all()):
                 return whole
     raise UserError(f"{where} sites: zero points are not whole numbers; run halftone calibrate again")
-
-
-def _smallest(value: Tensor) -> Tensor:
-    """The same values in the smallest of float16, bfloat16, float32 that holds each of them exactly."""
-    if not value.is_floating_point():
-        return value
-    value = value.float()
-    return next(value.to(dtype) for dtype in _FLOATS if torch.equal(value.to(dtype).float(), value))
-
-
-def float_bytes(path: Path) -> int:
-    """Bytes of the tensors that stayed in float."""
-    with safe_open(path, framework="pt") as file:
-        pieces = [file.get_slice(name) for name in set(file.keys()) if name.startswith("float/")]
-        return sum(prod(p.get_shape()) * _NAMES[p.get_dtype()].itemsize for p in pieces)

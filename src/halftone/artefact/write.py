@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +10,20 @@ import diffusers
 import torch
 from torch import nn
 
-from halftone.artefact import tensors
+from halftone.artefact import tensors, weight_only
 from halftone.artefact.certify import certify
 from halftone.artefact.load import PLAN, REFERENCES, SUFFIXES, Reference, describe, empty_denoiser
 from halftone.artefact.manifest import PARITY, PROVENANCE, File, Manifest, write_manifest
-from halftone.components import INDEX, SAFETY, quiet, small_json, weight_files
+from halftone.components import INDEX, SAFETY, quiet, small_json, weight_files, without_place
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.files import sha256, write_json, writing
 from halftone.passes.state import CalibrationState
 from halftone.plan import Plan
 from halftone.provenance import Provenance, code_commit
+from halftone.settings import Components
 from halftone.source import Source
 from halftone.trajectory import Trajectory
-
-_PLACE_ONLY = ("_name_or_path", "_commit_hash")  # where a configuration was read from
-
-
-class Components(StrEnum):
-    """What becomes of the weights that were not quantized: copied, or referenced by hub id and commit."""
-
-    COPY = "copy"
-    REFERENCE = "reference"
 
 
 def write(
@@ -48,12 +38,13 @@ def write(
 
     calibration: the file of `halftone calibrate` (weight codes, activation parameters, schedule,
     provenance). source: the full-precision model; its float layers are stored, its quantized weights are not
-    read. components: what becomes of text encoder and VAE; tokenizers and schedulers are always copied, the
-    safety checker is left out. trajectory: the reference trajectory; with it, what was written is run in
-    integers and simulated, and the artefact gets its parity certificate: here, where the full-precision model
-    is at hand and the folder has one maker. Raises UserError where the three do not belong together, or a
-    value cannot be stored.
+    read. components: what becomes of text encoder and VAE (int8: `halftone.artefact.weight_only`); tokenizers
+    and schedulers are always copied, the safety checker is left out. trajectory: the reference trajectory;
+    with it, what was written is run in integers and simulated, and the artefact gets its parity certificate:
+    here, where the full-precision model is at hand and the folder has one maker. Raises UserError where the
+    three do not belong together, or a value cannot be stored.
     """
+    check_components(source, components)
     folder, calibration = Path(folder), Path(calibration)
     plan = plan if isinstance(plan, Plan) else Plan.load(plan)
     state, provenance = CalibrationState.load(calibration)
@@ -67,7 +58,7 @@ def write(
         temporary.mkdir()
         name = "unet" if denoiser is getattr(source.pipeline, "unet", None) else "transformer"
         (temporary / name).mkdir()
-        write_json(temporary / name / "config.json", _config(denoiser.config))
+        write_json(temporary / name / "config.json", without_place(denoiser.config))
         tensors.save(temporary / name / tensors.FILE, contents, plan)
         plan.save(temporary / PLAN)
         write_json(temporary / PROVENANCE, provenance.model_dump(mode="json"))
@@ -77,11 +68,24 @@ def write(
         manifest = write_manifest(temporary)
         written = describe(temporary)  # what cannot be read back must not be left behind
         stored = tensors.load(written.tensors, plan, empty_denoiser(written))
+        for entry in written.index.entries.values():
+            if written.stored(entry.name) is Components.INT8:
+                weight_only.load(temporary, entry)
         if trajectory is not None:
             certify(written, stored, denoiser, trajectory).save(temporary / PARITY)
             (temporary / PARITY).chmod(0o644)
             manifest = write_manifest(temporary)
     return manifest
+
+
+def check_components(source: Source, components: Components) -> None:
+    """Raises UserError where components are to be referenced and the model is not on the hub."""
+    on_hub = source.folder is not None and source.revision is not None and len(source.revision) == 40
+    if components is Components.REFERENCE and not on_hub:
+        raise UserError(
+            f"{source.path}: is not on the hub at a commit, so its components cannot be referenced: "
+            "choose copy or int8"
+        )
 
 
 def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Module) -> tensors.Contents:
@@ -120,23 +124,21 @@ def _check_same_model(path: Path, provenance: Provenance, plan: Plan, source: So
             raise UserError(f"{path}: {key} is {theirs}, the plan's {ours}; run halftone analyze again")
 
 
-def _config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in dict(config).items() if key not in _PLACE_ONLY}
-
-
 def _write_components(folder: Path, source: Source, denoiser: str, components: Components) -> None:
     index = small_json(source.folder / INDEX) if source.folder else _index(source.pipeline)
     for name in SAFETY:
         if name in index and source.pipeline.components.get(name) is None:
             index[name] = [None, None]
             index["requires_safety_checker"] = False
-    write_json(folder / INDEX, {key: value for key, value in index.items() if key not in _PLACE_ONLY})
+    write_json(folder / INDEX, without_place(index))
     references: dict[str, Any] = {}
     for name, component in source.pipeline.components.items():
         if component is None or name == denoiser:
             continue
         if components is Components.REFERENCE and isinstance(component, nn.Module):
             references[name] = _reference(source, name).model_dump(mode="json")
+        elif components is Components.INT8 and isinstance(component, nn.Module):
+            weight_only.save(folder, name, component)
         elif source.folder is not None:
             _copy(source.folder, name, folder / name, isinstance(component, nn.Module))
         else:
@@ -148,7 +150,7 @@ def _write_components(folder: Path, source: Source, denoiser: str, components: C
 def _index(pipeline: Any) -> dict[str, Any]:
     """What model_index.json says of a pipeline that was not loaded from a folder."""
     names = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
-    return {**_config(pipeline.config), **names}
+    return {**without_place(pipeline.config), **names}
 
 
 def _files(folder: Path, name: str, has_weights: bool) -> list[Path]:
@@ -167,10 +169,8 @@ def _copy(folder: Path, name: str, target: Path, has_weights: bool) -> None:
 
 
 def _reference(source: Source, name: str) -> Reference:
-    if source.folder is None or source.revision is None or len(source.revision) != 40:
-        raise UserError(
-            f"{source.path}: {name} is not on the hub at a commit and cannot be referenced; copy it"
-        )
+    assert source.folder is not None
+    assert source.revision is not None
     files = {
         f"{name}/{path.name}": File(size=path.stat().st_size, sha256=sha256(path))
         for path in _files(source.folder, name, True)
@@ -189,6 +189,6 @@ def _save(component: Any, target: Path) -> None:
             component.save_pretrained(target, safe_serialization=True)
             component.to(dtype)
         config = small_json(target / "config.json")
-        write_json(target / "config.json", _config(config))
+        write_json(target / "config.json", without_place(config))
     else:
         component.save_pretrained(target)

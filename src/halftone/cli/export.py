@@ -10,6 +10,7 @@ import typer
 
 from halftone import tracking
 from halftone.cli import options
+from halftone.settings import Components
 
 
 def verb(
@@ -25,10 +26,7 @@ def verb(
         ),
     ] = None,
     revision: options.Revision = None,
-    reference: Annotated[
-        bool,
-        typer.Option("--reference", help="Name text encoder and VAE by hub id and commit; do not copy them."),
-    ] = False,
+    components: options.ComponentsOption = Components.COPY,
     name: options.Name = None,
 ) -> None:
     """Write the artefact: integer weights packed at their bits, parameters, plan, provenance, hashes."""
@@ -40,11 +38,10 @@ def verb(
     if data is not None:
         options.existing(data, "calibration-data")
 
-    from halftone.artefact import Components, artefact_sha256, write
+    from halftone.artefact import artefact_sha256, write
     from halftone.source import load_source
     from halftone.trajectory import Trajectory
 
-    components = Components.REFERENCE if reference else Components.COPY
     trajectory = None if data is None else Trajectory.load(data)[0]
     manifest = write(output, calibration, plan, load_source(model, revision), components, trajectory)
     tracking.log(

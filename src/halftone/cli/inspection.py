@@ -57,6 +57,10 @@ def info(
     print(
         f"{'schedule':22} {known['scheduler']['class']}, {known['steps']} steps, guidance {known['guidance']}"
     )
+    for name, part in facts["components"].items():
+        where = f" {part['from']}" if "from" in part else ""
+        inside = f", {len(part['float'])} tensors in float" if "float" in part else ""
+        print(f"{name:22} {part['stored']}{where}, {part['size_mib']} MiB{inside}")
     for reason, names in facts["float"].items():
         print(f"in float, {reason}: {len(names)} sites")
     for line in options.kernels(**facts["integer"]):

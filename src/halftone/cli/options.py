@@ -18,6 +18,7 @@ from halftone.settings import (
     GUIDANCE,
     Budget,
     Calibration,
+    Components,
     Metrics,
     PromptSet,
     Protocol,
@@ -119,6 +120,13 @@ Overlays = Annotated[
     list[str] | None,
     typer.Argument(
         help="Overlays of params.yaml: names under experiments/, or YAML files.", show_default=False
+    ),
+]
+ComponentsOption = Annotated[
+    Components,
+    typer.Option(
+        "--components",
+        help="Text encoder and VAE: copied, named by hub id and commit, or stored with int8 weights.",
     ),
 ]
 Name = Annotated[

@@ -11,7 +11,7 @@ import typer
 from halftone import tracking
 from halftone.cli import options
 from halftone.errors import UserError
-from halftone.settings import Budget, Protocol
+from halftone.settings import Budget, Components, Protocol
 
 MODEL_HELP = "Diffusers folder, .safetensors file, or hub id (with --revision); none with --workflow."
 
@@ -34,6 +34,7 @@ def quantize(
     budget: Annotated[Budget, typer.Option(help="Iterations of block reconstruction.")] = Budget.FAST,
     batch_size: options.BatchSize = options.CALIBRATION.batch_size,
     seed: options.Seed = 0,
+    components: options.ComponentsOption = Components.COPY,
 ) -> None:
     """Quantize a model and write the artefact: the whole chain in one process."""
     started = time.time()
@@ -61,6 +62,7 @@ def quantize(
         budget=budget,
         batch_size=batch_size,
         seed=seed,
+        components=components,
     )
     facts = info(output)
     print(f"{output}: {facts['weight_mib']} MiB of weights instead of {facts['original_weight_mib']} MiB")

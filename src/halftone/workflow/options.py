@@ -11,7 +11,7 @@ import shlex
 from typing import Any
 
 from halftone.recipes import StepSize
-from halftone.settings import Model, RowExecution, Scenario, Settings
+from halftone.settings import Components, Model, RowExecution, Scenario, Settings
 from halftone.workflow import paths
 from halftone.workflow.paths import Rule
 
@@ -73,7 +73,10 @@ def _analyze(settings: Settings, key: str) -> list[str]:
 
 def _export(settings: Settings, key: str) -> list[str]:
     row = settings.scenarios[key]
-    return [*_source(settings.models[row.model]), *_flags(name=key)]
+    flags = _flags(name=key)
+    if row.components is not Components.COPY:
+        flags += _flags(components=row.components)
+    return [*_source(settings.models[row.model]), *flags]
 
 
 def _sample(settings: Settings, key: str) -> list[str]:
