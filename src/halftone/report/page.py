@@ -116,7 +116,7 @@ def _lede(rows: Sequence[Row]) -> str:
     executions = sorted({str(row["execution"]) for row in quantized})
     number = "One quantized row" if len(quantized) == 1 else f"{len(quantized)} quantized rows"
     say = {
-        "simulated": "by fake quantization in float (simulated execution)",
+        "simulated": "from integer codes multiplied in float (simulated execution)",
         "integer": "by integer kernels (integer execution)",
         "float": "in float",
     }
