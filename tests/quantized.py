@@ -12,7 +12,7 @@ from halftone import artefact, provenance
 from halftone.analysis import resolve
 from halftone.calls import CallContext
 from halftone.denoiser import denoiser_of, sites
-from halftone.layers import SiteQuantizer, set_weights, wrap
+from halftone.layers import set_weights, wrap
 from halftone.passes.calibrate import calibrate
 from halftone.passes.state import CalibrationState
 from halftone.passes.weights import quantize_weights
@@ -22,6 +22,7 @@ from halftone.recipes import TimeAxis
 from halftone.recipes import resolve as axes_of
 from halftone.runtime import simulated
 from halftone.settings import Protocol
+from halftone.site_quantizer import SiteQuantizer
 from halftone.skeleton import skeleton_of
 from halftone.source import load_source
 from halftone.trajectory import record

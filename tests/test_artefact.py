@@ -22,11 +22,12 @@ from halftone.artefact import Components, strict, tensors
 from halftone.artefact.manifest import write_manifest
 from halftone.denoiser import sites
 from halftone.errors import UserError
-from halftone.layers import Mode, WeightCodes, quantized_layers, set_mode
-from halftone.plan import make_plan
+from halftone.layers import WeightCodes, quantized_layers
+from halftone.planner import make_plan
 from halftone.quantizers.bits import Bits
 from halftone.recipes import resolve
 from halftone.settings import Protocol
+from halftone.site_quantizer import Mode, set_mode
 from halftone.source import Source, load_source
 from halftone.trajectory import run_arguments
 from quantized import GUIDANCE, RESOLUTION, STEPS, Calibrated, calibrated, shared_artefact

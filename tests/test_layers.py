@@ -13,21 +13,12 @@ from torch import nn
 from halftone.attention import QuantizedAttnProcessor, install
 from halftone.denoiser import CallContext, Site, SiteKind, blocks, modules_in_order, sites
 from halftone.errors import UserError
-from halftone.layers import (
-    Mode,
-    QuantizedLayer,
-    SiteQuantizer,
-    fit_weight,
-    nearest_codes,
-    quantized_layers,
-    set_mode,
-    set_weights,
-    wrap,
-)
+from halftone.layers import QuantizedLayer, fit_weight, nearest_codes, quantized_layers, set_weights, wrap
 from halftone.passes.weights import quantize_weights
 from halftone.quantizers.affine import AffineParams, dequantize, fake_quantize, fit_affine
 from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes, Range
+from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 
 INPUT = Site("layer", SiteKind.INPUT, "Linear")
 

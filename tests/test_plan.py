@@ -13,7 +13,8 @@ from halftone.denoiser import SiteKind, sites
 from halftone.errors import UserError
 from halftone.files import read_json, write_json
 from halftone.macs import count
-from halftone.plan import Execution, Plan, describe, make_plan
+from halftone.plan import Execution, Plan, describe
+from halftone.planner import make_plan
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import packed_size
 from halftone.recipes import Axes, TimeAxis

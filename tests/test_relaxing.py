@@ -20,7 +20,6 @@ from halftone.calls import CallContext
 from halftone.cli import main
 from halftone.denoiser import Site, SiteKind, denoiser_of
 from halftone.errors import UserError
-from halftone.layers import Mode, SiteQuantizer, set_mode
 from halftone.passes.relax import relax_shared
 from halftone.passes.state import CalibrationState, SiteParameters
 from halftone.plan import Execution, Plan
@@ -34,6 +33,7 @@ from halftone.runtime.operands import Weight
 from halftone.runtime.reference import ReferenceProduct
 from halftone.runtime.whole import cut
 from halftone.settings import Protocol
+from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.skeleton import skeleton_of
 from halftone.source import load_source
 from quantized import Calibrated, calibrated

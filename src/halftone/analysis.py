@@ -18,7 +18,8 @@ from halftone.errors import UserError
 from halftone.files import write_json, write_text
 from halftone.macs import count
 from halftone.passes.state import CalibrationState, SiteParameters
-from halftone.plan import Plan, make_plan
+from halftone.plan import Plan
+from halftone.planner import make_plan
 from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes
 from halftone.relaxing import relaxed_calls

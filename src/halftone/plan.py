@@ -8,7 +8,6 @@ here, from the sites of the denoiser, the axes and the bits.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,7 @@ from halftone.relaxing import Interval, Relaxation, relaxed_calls
 from halftone.settings import Protocol
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from halftone.denoiser import Site
-    from halftone.macs import Macs
+    pass
 
 FLOAT_BITS = 32  # of float execution; a model's file may hold its weights at 16
 MIB = 2**20
@@ -263,44 +259,6 @@ def describe_relaxing(plan: Plan) -> str | None:
     )
 
 
-def make_plan(
-    denoiser: nn.Module,
-    sites: Iterable[Site],
-    axes: Axes,
-    bits: Bits,
-    *,
-    recipe: str,
-    protocol: Protocol,
-    calls: int,
-    relaxed: tuple[int, ...] = (),
-    macs: Macs | None = None,
-    float_bits: int = FLOAT_BITS,
-    execution: Execution = Execution.SIMULATED,
-) -> Plan:
-    """Resolve `axes` and `bits` for the sites of a denoiser, which may lie on the meta device.
-
-    relaxed: the relaxed calls. macs: from `halftone.macs.count`, or None where they cannot be told; the plan
-    then has no bit operations. float_bits: width of the floats in the model's file.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
-    relaxation = Relaxation(relaxed, axes.relaxed_bits) if relaxed else None
-    slots = parameter_slots(axes, calls, relaxation)
-    resolved = tuple(_resolve(site, shapes, axes, bits, slots, macs, execution) for site in sites)
-    total = sum(parameter.numel() for parameter in denoiser.parameters())
-    return Plan(
-        recipe=recipe,
-        bits=str(bits),
-        protocol=protocol,
-        axes=axes,
-        relaxed_calls=relaxed,
-        denoiser=type(denoiser).__name__,
-        calls=calls,
-        sites=resolved,
-        sizes=_sizes(resolved, total, float_bits, relaxation),
-        bit_operations=None if macs is None else _bit_operations(resolved, macs, calls, relaxation),
-    )
-
-
 def parameter_slots(axes: Axes, calls: int, relaxation: Relaxation | None) -> int:
     """Entries that an activation site holds for each of its parameters. Shared ones that are relaxed at some
     calls differ there, so they are kept per call."""
@@ -311,123 +269,3 @@ def parameter_slots(axes: Axes, calls: int, relaxation: Relaxation | None) -> in
 
 def _average(bits: int, calls: int, relaxation: Relaxation | None) -> float:
     return bits if relaxation is None else relaxation.average(bits, calls)
-
-
-def _resolve(
-    site: Site,
-    shapes: dict[str, tuple[int, ...]],
-    axes: Axes,
-    bits: Bits,
-    slots: int,
-    macs: Macs | None,
-    execution: Execution,
-) -> SitePlan:
-    from halftone.denoiser import SiteKind
-
-    weight = site.kind is SiteKind.WEIGHT
-    common: dict[str, Any] = {
-        "name": site.name,
-        "module": site.module,
-        "kind": site.kind.name.lower(),
-        "module_type": site.module_type,
-    }
-    shape = shapes.get(f"{site.module}.weight", ()) if weight else ()
-    if weight:
-        elements = 1
-        for size in shape:
-            elements *= size
-        common["elements"] = elements
-    if macs is not None:
-        # an input's products are those of its weight: counted there, once
-        per_module = macs.layers if weight else macs.attention
-        if weight or site.kind in (SiteKind.QUERY, SiteKind.PROBABILITIES):
-            common["macs"] = per_module.get(site.module, 0)
-    if site.float_reason is not None:
-        return SitePlan(**common, execution=Execution.FLOAT, float_reason=site.float_reason)
-    halves = 1 if site.split is None else 2
-    if weight:
-        return SitePlan(
-            **common,
-            execution=execution,
-            bits=bits.weight,
-            quantizer=Quantizer.AFFINE,
-            granularity=Granularity.CHANNEL if site.split is None else Granularity.CHANNEL_AND_HALF,
-            range=axes.weight_range,
-            split=site.split,
-            parameters=shape[0] * halves,
-        )
-    probabilities = site.kind is SiteKind.PROBABILITIES
-    return SitePlan(
-        **common,
-        execution=execution,
-        bits=bits.softmax if probabilities else bits.activation,
-        quantizer=Quantizer.NON_NEGATIVE if probabilities else Quantizer.AFFINE,
-        granularity=_granularity(site, axes),
-        range=axes.activation_range,
-        split=site.split,
-        time_axis=axes.time_axis,
-        parameters=halves * slots,
-    )
-
-
-def _granularity(site: Site, axes: Axes) -> Granularity:
-    if axes.time_axis is TimeAxis.DYNAMIC:
-        return Granularity.ROW
-    return Granularity.TENSOR if site.split is None else Granularity.HALF
-
-
-def _sizes(sites: Sequence[SitePlan], total: int, float_bits: int, relaxation: Relaxation | None) -> Sizes:
-    def code_bytes(site: SitePlan) -> int:
-        most = 0 if relaxation is None or site.elements is not None else relaxation.bits
-        return _code_bytes(max(site.bits or 0, most))
-
-    weights = [site for site in sites if site.elements is not None and site.bits is not None]
-    quantized = sum(site.elements or 0 for site in weights)
-    return Sizes(
-        float_bits=float_bits,
-        original=total * float_bits // 8,
-        packed=sum(_packed(site.elements or 0, site.bits or 0) for site in weights),
-        parameters=sum(site.parameters * (_SCALE_BYTES + code_bytes(site)) for site in sites),
-        left_float=(total - quantized) * float_bits // 8,
-    )
-
-
-def _code_bytes(bits: int) -> int:
-    """Bytes of a zero point, which is a code that stands for zero."""
-    return 1 if bits <= 8 else 2 if bits <= 15 else 4
-
-
-def _packed(elements: int, bits: int) -> int:
-    """Bytes of a contiguous bitstream; above 8 bits a code takes two bytes."""
-    return -(-elements * bits // 8) if bits <= 8 else 2 * elements
-
-
-def _bit_operations(
-    sites: Sequence[SitePlan], macs: Macs, calls: int, relaxation: Relaxation | None
-) -> BitOperations:
-    plain = {(site.module, site.kind): site.bits or FLOAT_BITS for site in sites}
-    mean = _products(plain, macs)
-    if relaxation is not None:
-        relaxed = {
-            (site.module, site.kind): relaxation.width(site.bits, relaxation.calls[0])
-            for site in sites
-            if site.bits is not None and site.elements is None
-        }
-        more = len(relaxation.calls)
-        total = (calls - more) * mean + more * _products({**plain, **relaxed}, macs)
-        mean = round(total / calls)
-    return BitOperations(quantized=mean, original=2 * macs.total * FLOAT_BITS**2)
-
-
-def _products(width: Mapping[tuple[str, str], int], macs: Macs) -> int:
-    """Bit operations of a call, from the width of every quantized operand by module and kind."""
-
-    def bits(module: str, kind: str) -> int:
-        return width.get((module, kind), FLOAT_BITS)
-
-    layers = sum(n * bits(name, "weight") * bits(name, "input") for name, n in macs.layers.items())
-    products = sum(
-        n * (bits(name, "query") * bits(name, "key") + bits(name, "probabilities") * bits(name, "value"))
-        for name, n in macs.attention.items()
-    )
-    return 2 * (layers + products)

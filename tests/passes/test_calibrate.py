@@ -14,13 +14,14 @@ from torch import nn
 from halftone.denoiser import CallContext, SiteKind, sites
 from halftone.errors import UserError
 from halftone.files import sha256
-from halftone.layers import Mode, SiteQuantizer, set_mode, set_weights, wrap
+from halftone.layers import set_weights, wrap
 from halftone.passes.calibrate import calibrate
 from halftone.passes.state import CalibrationState
 from halftone.passes.weights import quantize_weights
 from halftone.provenance import Provenance, describe
 from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes, Range, TimeAxis
+from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs, record, run_arguments
 
 PROMPTS = ["a red star", "a blue ring", "a small green square"]

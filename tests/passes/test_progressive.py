@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from halftone.calls import CallContext
 from halftone.denoiser import Site, SiteKind, sites
-from halftone.layers import Mode, SiteQuantizer, set_mode, set_weights, wrap
+from halftone.layers import set_weights, wrap
 from halftone.passes import progressive
 from halftone.passes.calibrate import calibrate
 from halftone.passes.lockstep import Lockstep
@@ -24,6 +24,7 @@ from halftone.quantizers.affine import fit_affine, fit_non_negative
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.ranges import MinMax
 from halftone.recipes import Axes, CalibrationInputs, TimeAxis
+from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs, record, run_arguments
 
 AXES = Axes(time_axis=TimeAxis.PER_CALL, calibration_inputs=CalibrationInputs.PROGRESSIVE)

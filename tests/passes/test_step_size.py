@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from halftone.denoiser import CallContext, SiteKind, sites
-from halftone.layers import Mode, WeightCodes, set_mode, set_weights, wrap
+from halftone.layers import WeightCodes, set_weights, wrap
 from halftone.passes import step_size
 from halftone.passes.calibrate import calibrate
 from halftone.passes.schedule import STEP_SIZES
@@ -20,6 +20,7 @@ from halftone.passes.weights import quantize_weights
 from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes, Shortcut, StepSize
 from halftone.settings import Budget, Reconstruction
+from halftone.site_quantizer import Mode, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs
 
 AXES = Axes(step_size=StepSize.LEARNED, shortcut=Shortcut.SPLIT)

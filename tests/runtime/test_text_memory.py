@@ -12,7 +12,7 @@ from torch import Tensor
 
 import halftone
 from halftone.denoiser import denoiser_of
-from halftone.layers import SiteQuantizer
+from halftone.site_quantizer import SiteQuantizer
 from halftone.text_memory import TextMemory
 from quantized import GUIDANCE, PROMPTS, RESOLUTION, STEPS, Calibrated, shared_artefact
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from halftone.attention import QuantizedAttnProcessor
 from halftone.calls import CallContext
 from halftone.denoiser import Site, SiteKind
-from halftone.layers import Mode, QuantizedLayer, SiteQuantizer, WeightCodes, fit_weight, nearest_codes
+from halftone.layers import QuantizedLayer, WeightCodes, fit_weight, nearest_codes
 from halftone.quantizers.affine import fit_affine, fit_non_negative
 from halftone.recipes import Range
 from halftone.runtime.whole import WholeAttnProcessor, WholeLayer
+from halftone.site_quantizer import Mode, SiteQuantizer
 
 
 def quantizer(kind: SiteKind, context: CallContext, split: int | None = None) -> SiteQuantizer:

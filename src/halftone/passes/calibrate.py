@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from halftone.calls import CallContext
 from halftone.errors import UserError
-from halftone.layers import Mode, SiteQuantizer, set_mode
 from halftone.passes import checkpoint as checkpoints
 from halftone.passes.samples import calibration_prompts
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
@@ -25,6 +24,7 @@ from halftone.progress import Progress
 from halftone.quantizers.affine import AffineParams, fit_affine, fit_non_negative
 from halftone.quantizers.ranges import Estimator, MinMax, make_estimator
 from halftone.recipes import Axes, TimeAxis
+from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs
 
 

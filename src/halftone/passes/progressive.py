@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from halftone.calls import CallContext
 from halftone.errors import UserError
 from halftone.files import explain_disk_faults
-from halftone.layers import Mode, SiteQuantizer, set_mode
 from halftone.passes import checkpoint as checkpoints
 from halftone.passes.calibrate import Walk
 from halftone.passes.lockstep import Lockstep
@@ -31,6 +30,7 @@ from halftone.passes.rollout import Runs, inputs_at
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
 from halftone.progress import Progress
 from halftone.recipes import Axes
+from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory
 
 

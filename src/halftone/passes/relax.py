@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from halftone.layers import SiteQuantizer
 from halftone.passes.calibrate import fit
 from halftone.passes.state import ActivationParameters
 from halftone.relaxing import Relaxation
+from halftone.site_quantizer import SiteQuantizer
 
 
 def relax_shared(

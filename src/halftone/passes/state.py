@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from halftone.errors import UserError
 from halftone.files import writing
-from halftone.layers import SiteQuantizer, WeightCodes, set_weights
+from halftone.layers import WeightCodes, set_weights
 from halftone.provenance import Provenance
 from halftone.quantizers.bits import Bits
+from halftone.site_quantizer import SiteQuantizer
 
 
 class SiteParameters(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from halftone.calls import CallContext
 from halftone.denoiser import blocks
 from halftone.files import explain_disk_faults
-from halftone.layers import Mode, SiteQuantizer, WeightCodes, set_mode
+from halftone.layers import WeightCodes
 from halftone.passes import checkpoint as checkpoints
 from halftone.passes.samples import choose_samples
 from halftone.passes.schedule import SCHEDULES, STEP_SIZES
@@ -32,6 +32,7 @@ from halftone.quantizers import halves
 from halftone.quantizers.affine import AffineParams, dequantize
 from halftone.recipes import Axes
 from halftone.settings import Reconstruction
+from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, sample_inputs
 
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from halftone.calls import CallContext
 from halftone.denoiser import denoiser_of, sites
-from halftone.layers import Mode, set_mode, wrap
+from halftone.layers import wrap
 from halftone.progress import Progress
 from halftone.provenance import Provenance
 from halftone.proxy.finding import Finding, Test, median, rounded
+from halftone.site_quantizer import Mode, set_mode
 from halftone.source import Source
 from halftone.steps.calibrate import calibrate, restored
 from halftone.steps.choice import choose

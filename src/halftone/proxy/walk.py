@@ -11,10 +11,11 @@ from torch import nn
 from halftone.calls import CallContext
 from halftone.denoiser import Site, SiteKind, concat_shortcuts, sites
 from halftone.errors import UserError
-from halftone.layers import Mode, set_mode, wrap
+from halftone.layers import wrap
 from halftone.progress import Progress
 from halftone.proxy.watch import ActivationWatch, Place, ProbabilityWatch
 from halftone.quantizers.bits import Bits
+from halftone.site_quantizer import Mode, set_mode
 from halftone.steps.calibrate import restored
 from halftone.trajectory import Trajectory, denoiser_inputs
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from halftone.attention import QuantizedAttnProcessor
 from halftone.calls import CallContext
-from halftone.layers import QuantizedLayer, SiteQuantizer, WeightCodes
+from halftone.layers import QuantizedLayer, WeightCodes
 from halftone.plan import Execution, Plan
 from halftone.runtime import simulated
 from halftone.runtime.choose import Decision, Kernel, choose
 from halftone.runtime.int8 import Int8Product
 from halftone.runtime.layers import IntegerAttnProcessor, IntegerLayer, MakeProduct
 from halftone.runtime.reference import ReferenceProduct
+from halftone.site_quantizer import SiteQuantizer
 
 _PRODUCTS: dict[Kernel, MakeProduct] = {Kernel.INT8: Int8Product, Kernel.REFERENCE: ReferenceProduct}
 

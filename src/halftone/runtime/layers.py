@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from halftone.errors import UserError
-from halftone.layers import SiteQuantizer, WeightCodes
+from halftone.layers import WeightCodes
 from halftone.runtime.operands import Affine, Geometry, Product, Weight, encode, geometry_of, steps, wide
 from halftone.runtime.reference import batched
 from halftone.runtime.whole import Affines, WholeAttnProcessor, cut, halves_of, keep_float32
+from halftone.site_quantizer import SiteQuantizer
 
 _EXACT_FLOAT32 = 2**24
 _EXACT_BFLOAT16 = 2**8  # a float32 product may round its operands to this, where PyTorch is told to

@@ -24,10 +24,11 @@ from halftone.attention import QuantizedAttnProcessor
 from halftone.calls import CallContext
 from halftone.errors import UserError
 from halftone.files import read_json, write_json
-from halftone.layers import QuantizedLayer, SiteQuantizer
+from halftone.layers import QuantizedLayer
 from halftone.progress import track
 from halftone.runtime.layers import IntegerAttnProcessor, IntegerLayer
 from halftone.runtime.operands import Affine, encode
+from halftone.site_quantizer import SiteQuantizer
 from halftone.trajectory import Trajectory, denoiser_inputs
 
 FILE = "parity.json"

@@ -17,13 +17,14 @@ from halftone.calls import CallContext
 from halftone.components import quiet
 from halftone.denoiser import Site, SiteKind
 from halftone.errors import UserError
-from halftone.layers import Mode, QuantizedLayer, SiteQuantizer, WeightCodes, set_mode, wrap
+from halftone.layers import QuantizedLayer, WeightCodes, wrap
 from halftone.plan import Plan, SitePlan
 from halftone.quantizers.affine import dequantize
 from halftone.quantizers.bits import Bits
 from halftone.recipes import TimeAxis
 from halftone.runtime.operands import geometry_of, wide
 from halftone.runtime.whole import WholeAttnProcessor, WholeLayer
+from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 
 _MODULE_TYPES = ("Linear", "Conv2d", "Attention")
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from halftone.attention import QuantizedAttnProcessor
-from halftone.layers import Mode, QuantizedLayer, SiteQuantizer, WeightCodes
+from halftone.layers import QuantizedLayer, WeightCodes
 from halftone.runtime.operands import Affine, Weight, geometry_of, spread, whole, wide
+from halftone.site_quantizer import Mode, SiteQuantizer
 
 _KEPT = ("weight_scale",)  # float32, whatever the model is cast to
 

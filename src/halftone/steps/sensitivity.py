@@ -22,7 +22,7 @@ from halftone import device
 from halftone.calls import CallContext
 from halftone.denoiser import denoiser_of, sites
 from halftone.errors import UserError
-from halftone.layers import Mode, WeightCodes, quantized_layers, set_mode, set_weights, wrap
+from halftone.layers import WeightCodes, quantized_layers, set_weights, wrap
 from halftone.passes.checkpoint import seed_of
 from halftone.passes.rollout import Inputs, Outputs, Rollout, Runs, roll, runs_of, teacher_forced
 from halftone.passes.state import set_parameters
@@ -32,6 +32,7 @@ from halftone.recipes import TimeAxis
 from halftone.relaxing import WINDOWS, Interval, Relaxation
 from halftone.sensitivity import CLEAR, Measured, Sensitivity, Window, capacity, chosen, gains, windows
 from halftone.settings import Reconstruction
+from halftone.site_quantizer import Mode, set_mode
 from halftone.source import Source
 from halftone.steps.calibrate import calibrate, restored
 from halftone.steps.choice import Choice

@@ -1,0 +1,176 @@
+"""The quantizer of one activation site: simulated execution, with parameters per call, shared or dynamic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halftone.calls import CallContext
+from halftone.denoiser import Site, SiteKind
+from halftone.errors import UserError
+from halftone.quantizers.affine import AffineParams, fake_quantize, fit_affine, fit_non_negative
+from halftone.quantizers.granularity import Granularity, PerChannel, reduce_minmax
+from halftone.quantizers.ranges import PER_TENSOR
+from halftone.relaxing import Relaxation
+
+
+class Mode(StrEnum):
+    """What a site quantizer does with a tensor: nothing, show it to its observer, quantize it, or both."""
+
+    OFF = "off"
+    OBSERVE = "observe"
+    QUANTIZE = "quantize"
+    OBSERVE_QUANTIZED = "observe and quantize"
+
+
+class Observer(Protocol):
+    """Anything that sees a site's tensors, such as the estimators of `halftone.quantizers.ranges`."""
+
+    def update(self, x: Tensor) -> None: ...
+
+
+class SiteQuantizer(nn.Module):
+    """The quantizer of one activation site, with parameters per call or shared over the calls.
+
+    `widths`: bits of every slot; all are `bits` unless calls are relaxed. `scale` and `zero_point` are
+    float32 of shape (n_calls, ...) or (1, ...): entry `context.slot` (or 0) broadcasts against the tensor.
+    They are NaN until set, and stay float32 when the model is cast. A `dynamic` quantizer has none: it takes
+    those of every row (index of the first axis: a sample, or a head of one) from the row itself, so a row
+    depends on no other. `soft_params`, when set, is called at every forward for the parameters to use
+    instead, with gradients (step-size learning).
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        site: Site,
+        bits: int,
+        n_calls: int,
+        context: CallContext,
+        granularity: Granularity = PER_TENSOR,
+        dynamic: bool = False,
+        relaxation: Relaxation | None = None,
+    ) -> None:
+        super().__init__()
+        self.site, self.bits, self.context = site, bits, context
+        self.widths = [bits] * n_calls if relaxation is None else relaxation.widths(bits, n_calls)
+        self.granularity, self.dynamic = granularity, dynamic
+        self.non_negative = site.kind is SiteKind.PROBABILITIES
+        self.mode = Mode.OFF
+        self.observer: Observer | None = None
+        self.soft_params: Callable[[], AffineParams] | None = None
+        self.register_buffer("scale", torch.full((n_calls,), torch.nan))
+        self.register_buffer("zero_point", torch.full((n_calls,), torch.nan))
+        self._fast: list[tuple[Tensor, float, float] | None] = []
+
+    @property
+    def n_calls(self) -> int:
+        """Number of parameter slots; 1 where they are shared."""
+        return self.scale.shape[0]
+
+    def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Parameters of every call at once, (n_calls, ...) or (1, ...)."""
+        if scale.shape != zero_point.shape or scale.shape[0] not in (1, self.n_calls):
+            raise ValueError(
+                f"{self.site.name}: scale {tuple(scale.shape)} and zero point {tuple(zero_point.shape)} "
+                f"do not fit {self.n_calls} calls"
+            )
+        device = self.scale.device
+        # copies: `set_call` writes into them
+        self.scale = scale.detach().to(device, torch.float32, copy=True)
+        self.zero_point = zero_point.detach().to(device, torch.float32, copy=True)
+        self._fast = []
+
+    def set_call(self, call: int, params: AffineParams) -> None:
+        """Parameters of one call (of all, where they are shared)."""
+        slot = call if self.n_calls > 1 else 0
+        if self.scale[slot].shape != params.scale.shape:
+            if params.scale.shape != params.zero_point.shape:
+                raise ValueError(f"{self.site.name}: scale and zero point differ in shape")
+            room = self.scale.new_full((self.n_calls, *params.scale.shape), torch.nan)
+            self.scale, self.zero_point = room, room.clone()
+        self.scale[slot] = params.scale.to(self.scale.device)
+        self.zero_point[slot] = params.zero_point.to(self.scale.device)
+        self._fast = []
+
+    def params(self, slot: int | None = None) -> AffineParams:
+        """Parameters in use, or those of a slot."""
+        slot = self.context.slot if slot is None else slot
+        slot = slot if self.n_calls > 1 else 0
+        return AffineParams(self.scale[slot], self.zero_point[slot], self.widths[slot])
+
+    def width(self, call: int) -> int:
+        """Bits at a call."""
+        return self.widths[call if self.n_calls > 1 else 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, of its own shape and dtype. Raises RuntimeError when quantizing without parameters."""
+        if self.mode is Mode.OFF:
+            return x
+        if self.mode is not Mode.QUANTIZE:
+            if self.observer is None:
+                raise RuntimeError(f"{self.site.name}: asked to observe, but no observer was set")
+            self.observer.update(x)
+            if self.mode is Mode.OBSERVE:
+                return x
+        if self.soft_params is not None:
+            return fake_quantize(x, self.soft_params())
+        if self.dynamic:
+            return fake_quantize(x, self.params_of(x))
+        if not self._fast:
+            self._prepare()
+        fast = self._fast[self.context.slot if len(self._fast) > 1 else 0]
+        if fast is None or (x.requires_grad and torch.is_grad_enabled()):
+            return fake_quantize(x, self.params())
+        # `fake_quantize` for one parameter: the same values, without reading the zero point back from the
+        # device
+        scale, low, high = fast
+        values = x.detach().float().div(scale).round_().clamp_(low, high).mul_(scale)
+        return values.to(x.dtype)
+
+    def params_of(self, x: Tensor) -> AffineParams:
+        """Parameters of a dynamic quantizer for this tensor, one per row.
+
+        Raises UserError where the tensor holds NaN or infinite values.
+        """
+        try:
+            lo, hi = reduce_minmax(x, PerChannel(0))
+        except ValueError as fault:
+            raise UserError(f"{self.site.name}: {fault}; run the model in float32") from None
+        if self.non_negative:
+            return fit_non_negative(hi, self.bits)
+        return fit_affine(lo, hi, self.bits)
+
+    def _prepare(self) -> None:
+        if self.scale.isnan().any() or self.zero_point.isnan().any():
+            raise RuntimeError(
+                f"{self.site.name}: asked to quantize, but parameters are not set for every call"
+            )
+        if self.scale.ndim > 1:
+            self._fast = [None] * self.n_calls
+            return
+        slots = (self.params(slot) for slot in range(self.n_calls))
+        offsets = self.zero_point.tolist()
+        self._fast = [(p.scale, p.low - z, p.high - z) for p, z in zip(slots, offsets, strict=True)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SiteQuantizer:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None:
+                self._buffers[name] = buffer.to(moved.device)
+        self._fast = []
+        return self
+
+
+def set_mode(quantizers: Mapping[str, SiteQuantizer] | Iterable[SiteQuantizer], mode: Mode) -> None:
+    """Put all of them into one mode."""
+    for quantizer in quantizers.values() if isinstance(quantizers, Mapping) else quantizers:
+        quantizer.mode = mode
