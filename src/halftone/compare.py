@@ -13,7 +13,16 @@ from halftone.errors import UserError
 from halftone.evaluate.statistics import bootstrap
 from halftone.files import read_json
 
-PER_IMAGE = ("alignment", "alignment_objects", "clip_score", "lpips", "psnr", "ssim")
+PER_IMAGE = (
+    "alignment",
+    "alignment_objects",
+    "alignment_flips",
+    "clip_score",
+    "lpips",
+    "psnr",
+    "ssim",
+    "latent_error",
+)
 _SAME = ("model", "tier", "n_images", "prompts_sha256", "features")
 
 
@@ -35,13 +44,7 @@ class Change:
 
 def changes(first: Path, second: Path, *, resamples: int = 1000, seed: int = 0) -> list[Change]:
     """Every per-image figure that both metrics files have. Raises UserError for rows that do not compare."""
-    rows = [_row(path) for path in (first, second)]
-    for name in _SAME:
-        a, b = (row.get(name) for row in rows)
-        if a != b:
-            raise UserError(
-                f"{second}: {name} is {b}, that of {first} is {a}; only rows measured alike compare"
-            )
+    check_alike(first, second)
     values = [_values(path.with_suffix(".safetensors")) for path in (first, second)]
     found = []
     for name in PER_IMAGE:
@@ -50,6 +53,17 @@ def changes(first: Path, second: Path, *, resamples: int = 1000, seed: int = 0) 
             paired = bootstrap(b - a, resamples=resamples, seed=seed)
             found.append(Change(name, float(a.mean()), float(b.mean()), paired.value, paired.lo, paired.hi))
     return found
+
+
+def check_alike(first: Path, second: Path) -> None:
+    """Raises UserError unless the rows of two metrics files are of one model and were measured alike."""
+    rows = [_row(path) for path in (first, second)]
+    for name in _SAME:
+        a, b = (row.get(name) for row in rows)
+        if a != b:
+            raise UserError(
+                f"{second}: {name} is {b}, that of {first} is {a}; only rows measured alike compare"
+            )
 
 
 def _row(path: Path) -> dict[str, object]:

@@ -110,7 +110,12 @@ def compare(
         str, typer.Argument(help="What to compare it with, of the same kind.", show_default=False)
     ],
     full: Annotated[
-        Path | None, typer.Option(help="Of two zips: the zip of full precision.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Full precision, of the same kind: its row, for the share of the first row's loss that the "
+            "second gives back; its zip, which two zips need.",
+            show_default=False,
+        ),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Of two zips: their prompts.", show_default=False)
@@ -123,11 +128,11 @@ def compare(
     of images, of two executions say, image by image.
     """
     if first.endswith(".zip") and second.endswith(".zip"):
-        _images(Path(first), Path(second), full, prompts, features)
+        _images(Path(first), Path(second), None if full is None else Path(full), prompts, features)
     elif Path(first).is_dir() and Path(second).is_dir():
         _artefacts(Path(first), Path(second))
     else:
-        _rows(_metrics(first), _metrics(second))
+        _rows(_metrics(first), _metrics(second), None if full is None else _metrics(full))
 
 
 def _metrics(given: str) -> Path:
@@ -151,10 +156,17 @@ def _artefacts(first: Path, second: Path) -> None:
         print(f"{name:22} {a!s:>24} {b!s:>24}{'' if a == b else '  differs'}")
 
 
-def _rows(first: Path, second: Path) -> None:
+def _rows(first: Path, second: Path, full: Path | None) -> None:
     from halftone.compare import changes
 
     _table(first.stem, second.stem, changes(first, second))
+    if full is None:
+        return
+    from halftone.recovery import recoveries
+
+    print(f"{second.stem} as a share of {first.stem}, 95 %")
+    for name, one in recoveries(first, second, full).items():
+        print(f"{name:42} {one.value:.3f} ({one.lo:.3f} to {one.hi:.3f})")
 
 
 def _images(first: Path, second: Path, full: Path | None, prompts: Path | None, features: str) -> None:
