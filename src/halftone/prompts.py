@@ -45,13 +45,18 @@ def read_prompts(path: Path | str) -> list[str]:
         prompt = line.strip()
         if not prompt:
             raise UserError(f"{path}: line {number} is blank; remove it, since a prompt's id is its line")
-        if any(unicodedata.category(letter) in _CONTROL for letter in prompt):
+        if holds_control(prompt):
             raise UserError(f"{path}: line {number} holds a control character; remove it")
         if prompt in seen:
             raise UserError(f"{path}: line {number} repeats line {seen[prompt]}; remove one of them")
         seen[prompt] = number
         prompts.append(prompt)
     return prompts
+
+
+def holds_control(prompt: str) -> bool:
+    """Whether a text holds characters that some tool reads as the end of a line, or that nobody sees."""
+    return any(unicodedata.category(letter) in _CONTROL for letter in prompt)
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:

@@ -58,6 +58,14 @@ class PromptSet(StrEnum):
     UNSEEN = "unseen"
 
 
+class PromptFormat(StrEnum):
+    """How a fetched file holds prompts: one a line, as COCO's captions in JSON, or in a column of a table."""
+
+    LINES = "lines"
+    COCO = "coco"
+    PARQUET = "parquet"
+
+
 class Budget(StrEnum):
     """How much block reconstruction may cost, as a share of the published schedule."""
 
@@ -104,6 +112,18 @@ class Tier(_Section):
     paired: bool = Field(
         False, description="seed set A only, and the latents of every call: paired figures, no distances"
     )
+
+
+class PromptSource(_Section):
+    url: str = Field(description="https://, file:// or hub:OWNER/DATASET@COMMIT/FILE")
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="of the file fetched; without it nothing is drawn"
+    )
+    format: PromptFormat = PromptFormat.LINES
+    member: str | None = Field(None, description="the file in a zip that holds the prompts")
+    column: str | None = Field(None, description="of a parquet file; default Prompt")
+    count: int = Field(5000, ge=1, le=1_000_000, description="prompts drawn from the file")
+    seed: int = Field(0, ge=0, description="of the draw")
 
 
 class Calibration(_Section):
@@ -183,6 +203,10 @@ class Settings(_Section):
     prompts: dict[PromptSet, str] = Field(
         default_factory=dict, description="prompt files; none for unconditional models"
     )
+    prompt_sources: dict[str, PromptSource] = Field(
+        default_factory=dict,
+        description="prompts of others, by the name of the file data/prompts/fetched/NAME.txt they make",
+    )
     tiers: dict[str, Tier]
     calibration: Calibration = Calibration()
     reconstruction: Reconstruction = Reconstruction()
@@ -192,7 +216,7 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        for name in [*self.models, *self.tiers, *self.scenarios]:
+        for name in [*self.models, *self.tiers, *self.scenarios, *self.prompt_sources]:
             if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
                 raise ValueError(f"id {name!r}: use lower-case letters, digits, '-' and '_' only")
         if self.tier not in self.tiers:

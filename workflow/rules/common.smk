@@ -71,6 +71,7 @@ wildcard_constraints:
     model="|".join(SETTINGS.models),
     scenario="|".join(SETTINGS.scenarios),
     shard=r"\d+-of-\d+",
+    source="|".join(SETTINGS.prompt_sources) or "none",
 
 
 def step(rule):

@@ -19,6 +19,7 @@ from halftone.cli import (
     calibrate,
     calibration_data,
     export,
+    fetch_prompts,
     inspection,
     metrics,
     preference,
@@ -99,6 +100,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "prune": workflow.prune,
     },
     STEPS: {
+        "fetch-prompts": fetch_prompts.verb,
         "calibration-data": calibration_data.verb,
         "reconstruct": reconstruct.verb,
         "sensitivity": sensitivity.verb,
