@@ -12,6 +12,7 @@ include: "workflow/rules/prompts.smk"  # fetch_prompts, where the settings name 
 include: "workflow/rules/calibration.smk"  # calibration_data -> reconstruct -> calibrate -> analyze
 include: "workflow/rules/artefact.smk"  # export -> sample
 include: "workflow/rules/figures.smk"  # metrics -> summary -> report
+include: "workflow/rules/image_reward.smk"  # aside: `snakemake image_reward`, with an environment of its own
 include: "workflow/rules/proxy.smk"  # aside: `snakemake proxy`, what methods can be judged on a model
 
 

@@ -153,6 +153,9 @@ class Metrics(_Section):
     )
     clip: str = Field("scenes", description="`scenes`, or an open_clip model as ARCHITECTURE/WEIGHTS")
     bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples of paired intervals")
+    image_reward_python: str | None = Field(
+        None, description="interpreter of an environment with image-reward, for `snakemake image_reward`"
+    )
 
 
 def _bits(text: str | None) -> str | None:
