@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from halftone.passes.calibrate import calibrate
 from halftone.passes.state import CalibrationState
 from halftone.passes.weights import quantize_weights
 from halftone.plan import Plan
+from halftone.probability_quantizer import Form
 from halftone.quantizers.bits import Bits
 from halftone.recipes import TimeAxis
 from halftone.recipes import resolve as axes_of
@@ -25,6 +27,7 @@ from halftone.settings import Protocol
 from halftone.site_quantizer import SiteQuantizer
 from halftone.skeleton import skeleton_of
 from halftone.source import load_source
+from halftone.start_token import kept_apart, tokenizers_of
 from halftone.trajectory import record
 
 STEPS, GUIDANCE, RESOLUTION = 4, 6.0, 16
@@ -78,12 +81,13 @@ def calibrated(
     chosen: dict[str, Any] = {"recipe": recipe, "axes": axes, "protocol": Protocol.EQUAL}
     plan = resolve(skeleton_of(pipeline, RESOLUTION), bits=width, calls=calls, **chosen)
     denoiser = denoiser_of(pipeline)
-    found = sites(denoiser, shortcut=axes.shortcut)
+    apart = kept_apart(axes, partial(tokenizers_of, pipeline))
+    found = sites(denoiser, shortcut=axes.shortcut, start_token=apart)
     weights = quantize_weights(denoiser, found, axes, width.weight)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     slots = calls if axes.time_axis is TimeAxis.PER_CALL else 1
     dynamic = axes.time_axis is TimeAxis.DYNAMIC
-    quantizers = wrap(denoiser, found, width, slots, context, dynamic, plan.relaxation)
+    quantizers = wrap(denoiser, found, width, slots, context, dynamic, plan.relaxation, Form.of(axes))
     set_weights(denoiser, weights, width.weight)
     activations = calibrate(denoiser, quantizers, context, trajectory, axes, batch_size=2)
     result = CalibrationState(

@@ -26,6 +26,7 @@ from halftone.relaxing import relaxed_calls
 from halftone.report.plots import SiteRange, ranges_svg
 from halftone.settings import Protocol
 from halftone.skeleton import Skeleton, read_skeleton
+from halftone.start_token import kept_apart
 
 PLAN, STATISTICS, RANGES = "plan.json", "statistics.json", "ranges.svg"
 _DIGITS = 6
@@ -75,7 +76,8 @@ def resolve(
     if relaxed is None:
         relaxed = relaxed_calls(axes.relaxing, calls)
     macs = count(skeleton.denoiser, latent_size=skeleton.latent_size, text_tokens=skeleton.text_tokens)
-    found = sites(skeleton.denoiser, protocol, recipe, axes.shortcut)
+    apart = kept_apart(axes, skeleton.tokenizers)
+    found = sites(skeleton.denoiser, protocol, recipe, axes.shortcut, apart)
     return make_plan(
         skeleton.denoiser,
         found,

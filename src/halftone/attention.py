@@ -17,7 +17,8 @@ class QuantizedAttnProcessor(nn.Module):
 
     q, k, v pass their quantizers as (batch * heads, tokens, head width), the probabilities as (batch * heads,
     query tokens, key tokens). The softmax is taken in float32. Without quantizers, or with all of them off,
-    float32 results are bit for bit those of diffusers' `AttnProcessor`.
+    float32 results are bit for bit those of diffusers' `AttnProcessor`. Where the site of the
+    probabilities leaves a start token out, its key and its column pass by their quantizers (DGQ).
     """
 
     materialises_probabilities = True
@@ -31,6 +32,7 @@ class QuantizedAttnProcessor(nn.Module):
     ) -> None:
         super().__init__()
         self.query, self.key, self.value, self.probabilities = query, key, value, probabilities
+        self.start_apart = bool(getattr(getattr(probabilities, "site", None), "start", False))
         self.memory = TextMemory()
 
     def __call__(
@@ -98,7 +100,7 @@ class QuantizedAttnProcessor(nn.Module):
         if self.query is not None:
             query = self.query(query)
         if self.key is not None:
-            key = self.key(key)
+            key = self._but_start(self.key, key, 1)
         return _probabilities(attn, query, key, mask).to(query.dtype)
 
     def mix(self, probabilities: Tensor, value: Tensor) -> Tensor:
@@ -106,8 +108,15 @@ class QuantizedAttnProcessor(nn.Module):
         if self.value is not None:
             value = self.value(value)
         if self.probabilities is not None:
-            probabilities = self.probabilities(probabilities)
+            probabilities = self._but_start(self.probabilities, probabilities, 2)
         return torch.bmm(probabilities, value)
+
+    def _but_start(self, quantizer: nn.Module, x: Tensor, axis: int) -> Tensor:
+        """A tensor after its quantizer; of the tokens along `axis`, a start token stays as it is."""
+        if not self.start_apart:
+            return quantizer(x)
+        first, rest = x.split([1, x.shape[axis] - 1], axis)
+        return torch.cat([first, quantizer(rest)], axis)
 
     @staticmethod
     def _heads(attn: Attention, x: Tensor, norm: nn.Module | None) -> Tensor:

@@ -50,6 +50,7 @@ class SiteKind(StrEnum):
 
 
 ATTENTION_KINDS = (SiteKind.QUERY, SiteKind.KEY, SiteKind.VALUE, SiteKind.PROBABILITIES)
+START_KINDS = (SiteKind.KEY, SiteKind.PROBABILITIES)  # where a start token can stay apart
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Site:
     float_reason: str | None = None
     split: int | None = None
     """Channels of the first of two halves of the contracted axis that have parameters of their own."""
+    start: bool = False
+    """Whether the first key token, a start token, stays in float and the site is the other tokens'."""
 
     @property
     def name(self) -> str:
@@ -185,14 +188,16 @@ def sites(
     protocol: Protocol = Protocol.EQUAL,
     recipe: str = "minmax",
     shortcut: Shortcut = Shortcut.WHOLE,
+    start_token: bool = False,
 ) -> list[Site]:
     """Every site of a denoiser in forward order, also those that stay in float, with the reason.
 
     A layer has its input and its weight; attention has q, k, v and the probabilities, after its projections.
     Protocol `equal` is one list for every recipe: all Linear and Conv2d but the first and the last, q, k, v
     and probabilities. With `shortcut` split, input and weight of shortcut convolutions that read a
-    concatenation say where it falls apart. Raises UserError where protocol `paper` knows no authors for
-    the recipe.
+    concatenation say where it falls apart. With `start_token` keys and probabilities of cross-attention leave
+    the first token out (see `halftone.start_token`). Raises UserError where protocol `paper` knows no
+    authors for the recipe.
     """
     authors = _authors(protocol, recipe)
     halves = concat_shortcuts(denoiser) if shortcut is Shortcut.SPLIT else {}
@@ -209,7 +214,11 @@ def sites(
         if last == "to_v":  # the last of the three projections
             attention = denoiser.get_submodule(parent)
             reason = _attention_reason(attention, authors)
-            found += [Site(parent, kind, type(attention).__name__, reason) for kind in ATTENTION_KINDS]
+            apart = start_token and reason is None and bool(getattr(attention, "is_cross_attention", False))
+            found += [
+                Site(parent, kind, type(attention).__name__, reason, start=apart and kind in START_KINDS)
+                for kind in ATTENTION_KINDS
+            ]
     return found
 
 

@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from halftone.attention import QuantizedAttnProcessor, install
 from halftone.calls import CallContext
-from halftone.denoiser import ATTENTION_KINDS, Site, SiteKind
+from halftone.denoiser import ATTENTION_KINDS, START_KINDS, Site, SiteKind
 from halftone.errors import UserError
+from halftone.probability_quantizer import PLAIN, Form, ProbabilityQuantizer
 from halftone.quantizers.affine import (
     AffineParams,
     dequantize,
@@ -150,14 +151,15 @@ def wrap(
     context: CallContext,
     dynamic: bool = False,
     relaxation: Relaxation | None = None,
+    probabilities: Form = PLAIN,
 ) -> dict[str, SiteQuantizer]:
     """Put quantizers at the quantized sites of a denoiser, in place, all of them off; returns them by site
     name.
 
     n_calls: parameter slots of every activation site, 1 where parameters are shared over the calls;
     dynamic: there are no parameters, every tensor brings its own. relaxation: calls with other widths, of
-    slots that are calls. Off everywhere, the denoiser computes
-    bit for bit what it did with diffusers' materialising `AttnProcessor`.
+    slots that are calls. probabilities: how those of attention are quantized. Off everywhere, the denoiser
+    computes bit for bit what it did with diffusers' materialising `AttnProcessor`.
     Raises ValueError for a denoiser that is wrapped already.
     """
     chosen: dict[str, list[Site]] = {}
@@ -168,6 +170,11 @@ def wrap(
 
     def make(site: Site) -> SiteQuantizer:
         width = bits.softmax if site.kind is SiteKind.PROBABILITIES else bits.activation
+        if site.kind is SiteKind.PROBABILITIES and probabilities != PLAIN:
+            heads = int(denoiser.get_submodule(site.module).heads)
+            own = ProbabilityQuantizer(site, width, n_calls, context, probabilities, heads, relaxation)
+            quantizers[site.name] = own.to(_device(denoiser))
+            return quantizers[site.name]
         shared = PER_TENSOR if site.split is None else labels(site.split, _channels(denoiser, site.module))
         made = SiteQuantizer(site, width, n_calls, context, shared, dynamic, relaxation)
         quantizers[site.name] = made.to(_device(denoiser))
@@ -181,6 +188,8 @@ def wrap(
             raise ValueError(f"{name} is wrapped already")
         kinds = {site.kind: site for site in its_sites}
         if isinstance(module, Attention):
+            if len({kinds[k].start for k in START_KINDS if k in kinds}) > 1:
+                raise ValueError(f"{name}: its start token is apart in one of keys and probabilities only")
             install(
                 module,
                 QuantizedAttnProcessor(*(make(kinds[k]) if k in kinds else None for k in ATTENTION_KINDS)),

@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from halftone.errors import UserError
 from halftone.files import read_json, write_json
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Range, TimeAxis
+from halftone.recipes import Axes, Probabilities, ProbabilitiesScale, Range, StartToken, TimeAxis
 from halftone.relaxing import Interval, Relaxation, relaxed_calls
 from halftone.settings import Protocol
-
-if TYPE_CHECKING:
-    pass
 
 FLOAT_BITS = 32  # of float execution; a model's file may hold its weights at 16
 MIB = 2**20
@@ -42,6 +39,7 @@ class Quantizer(StrEnum):
 
     AFFINE = "affine"
     NON_NEGATIVE = "affine, zero point 0"
+    LOG2 = "log2"
 
 
 class Granularity(StrEnum):
@@ -52,6 +50,8 @@ class Granularity(StrEnum):
     HALF = "per half"
     CHANNEL_AND_HALF = "per channel and half"
     ROW = "per sample or head"
+    SAMPLE = "per sample"
+    HEAD = "per head"
 
 
 class _Part(BaseModel):
@@ -78,6 +78,9 @@ class SitePlan(_Part):
         default=None, description="channels of the first of two halves with parameters of their own"
     )
     time_axis: TimeAxis | None = Field(default=None, description="None for a weight, which no call changes")
+    start_apart: Literal[True] | None = Field(
+        default=None, description="the first key token, a start token, stays in float"
+    )
     parameters: int = Field(default=0, description="scales (and as many zero points) held for the site")
     elements: int | None = Field(default=None, description="of a weight")
     macs: int | None = Field(
@@ -153,6 +156,23 @@ class Plan(_Part):
             raise ValueError("relaxed_calls are not those that the axes ask for")
         return self
 
+    @model_validator(mode="after")
+    def _treats_probabilities_as_the_axes_say(self) -> Plan:
+        wanted = probabilities_of(self.axes)
+        for site in self.quantized:
+            found = site.quantizer, site.granularity, site.time_axis
+            if site.kind == "probabilities" and found != wanted:
+                raise ValueError(f"{site.name[:200]} is not quantized as the axes ask for")
+            if site.start_apart and self.axes.start_token is not StartToken.APART:
+                raise ValueError(f"{site.name[:200]} keeps a start token apart, against the axes")
+        starts = {
+            kind: {site.module for site in self.quantized if site.kind == kind and site.start_apart}
+            for kind in ("key", "probabilities")
+        }
+        if starts["key"] != starts["probabilities"]:
+            raise ValueError("a start token is kept apart in one of keys and probabilities only")
+        return self
+
     @property
     def relaxation(self) -> Relaxation | None:
         """Calls with more bits; None where there are none."""
@@ -160,8 +180,12 @@ class Plan(_Part):
 
     @property
     def slots(self) -> int:
-        """Entries that an activation site holds for each of its parameters."""
+        """Entries that an activation site holds for each of its parameters, if it holds any."""
         return parameter_slots(self.axes, self.calls, self.relaxation)
+
+    def slots_of(self, site: SitePlan) -> int:
+        """The same of one site, of which a dynamic one has none."""
+        return 0 if site.time_axis is TimeAxis.DYNAMIC else self.slots
 
     @property
     def quantized(self) -> tuple[SitePlan, ...]:
@@ -232,7 +256,7 @@ class Plan(_Part):
 
 
 def describe(site: SitePlan) -> str:
-    """`4-bit affine, per channel` or `float`."""
+    """`4-bit affine, per channel`, `4-bit log2, per sample, dynamic, start column apart` or `float`."""
     if site.bits is None:
         return "float"
     time = {
@@ -241,7 +265,8 @@ def describe(site: SitePlan) -> str:
         TimeAxis.DYNAMIC: ", dynamic",
         None: "",
     }[site.time_axis]
-    return f"{site.bits}-bit {site.quantizer}, {site.granularity}{time}"
+    apart = "" if not site.start_apart else f", start {'row' if site.kind == 'key' else 'column'} apart"
+    return f"{site.bits}-bit {site.quantizer}, {site.granularity}{time}{apart}"
 
 
 def describe_relaxing(plan: Plan) -> str | None:
@@ -265,6 +290,16 @@ def parameter_slots(axes: Axes, calls: int, relaxation: Relaxation | None) -> in
     if axes.time_axis is TimeAxis.DYNAMIC:
         return 0
     return calls if axes.time_axis is TimeAxis.PER_CALL or relaxation is not None else 1
+
+
+def probabilities_of(axes: Axes) -> tuple[Quantizer, Granularity, TimeAxis]:
+    """How the axes treat attention probabilities."""
+    log2 = axes.probabilities is Probabilities.LOG2
+    quantizer = Quantizer.LOG2 if log2 else Quantizer.NON_NEGATIVE
+    if axes.probabilities_scale is ProbabilitiesScale.DYNAMIC:
+        return quantizer, Granularity(f"per {axes.probabilities_scope}"), TimeAxis.DYNAMIC
+    dynamic = axes.time_axis is TimeAxis.DYNAMIC
+    return quantizer, Granularity.ROW if dynamic else Granularity.TENSOR, axes.time_axis
 
 
 def _average(bits: int, calls: int, relaxation: Relaxation | None) -> float:

@@ -15,9 +15,10 @@ from halftone.plan import (
     SitePlan,
     Sizes,
     parameter_slots,
+    probabilities_of,
 )
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, TimeAxis
+from halftone.recipes import Axes, Range, TimeAxis
 from halftone.relaxing import Relaxation
 from halftone.settings import Protocol
 
@@ -112,16 +113,21 @@ def _resolve(
             parameters=shape[0] * halves,
         )
     probabilities = site.kind is SiteKind.PROBABILITIES
+    treatment = Quantizer.AFFINE, _granularity(site, axes), axes.time_axis
+    quantizer, granularity, time_axis = probabilities_of(axes) if probabilities else treatment
+    # the scale of log2 codes and of what is dynamic is a maximum
+    own = probabilities and (quantizer is Quantizer.LOG2 or time_axis is not axes.time_axis)
     return SitePlan(
         **common,
         execution=execution,
         bits=bits.softmax if probabilities else bits.activation,
-        quantizer=Quantizer.NON_NEGATIVE if probabilities else Quantizer.AFFINE,
-        granularity=_granularity(site, axes),
-        range=axes.activation_range,
+        quantizer=quantizer,
+        granularity=granularity,
+        range=Range.MINMAX if own else axes.activation_range,
         split=site.split,
-        time_axis=axes.time_axis,
-        parameters=halves * slots,
+        time_axis=time_axis,
+        start_apart=True if site.start else None,
+        parameters=0 if time_axis is TimeAxis.DYNAMIC else halves * slots,
     )
 
 

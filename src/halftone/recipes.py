@@ -10,7 +10,14 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from halftone.quantizers.bits import HIGHEST, LOWEST
 from halftone.relaxing import Interval, Relaxing
@@ -91,6 +98,41 @@ class UnitInput(StrEnum):
     FULL_PRECISION = "full_precision"
 
 
+class Probabilities(StrEnum):
+    """Codes of attention probabilities: evenly spaced from zero, or octaves below a scale (DGQ)."""
+
+    UNIFORM = "uniform"
+    LOG2 = "log2"
+
+
+class StartToken(StrEnum):
+    """The start token of cross-attention: quantized with the others; or its probability and its key stay in
+    float, and the scales of both are those of the other tokens (DGQ). Its value is quantized either way."""
+
+    JOINT = "joint"
+    APART = "apart"
+
+
+class ProbabilitiesScale(StrEnum):
+    """Scale of attention probabilities: fitted like other activations', or the largest value of the
+    probabilities at hand (DGQ)."""
+
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+
+
+class Scope(StrEnum):
+    """What shares a dynamic scale.
+
+    DGQ's code takes one maximum of the whole tensor, so that an image depends on the others in its batch; of
+    a sample (the halves of guidance are two), or a head of one, it depends on nothing else (our choice).
+    """
+
+    TENSOR = "tensor"
+    SAMPLE = "sample"
+    HEAD = "head"
+
+
 class Axes(BaseModel):
     """One choice per axis; the defaults are the neutral ones of a plain min-max quantizer."""
 
@@ -125,6 +167,20 @@ class Axes(BaseModel):
         TemporalBlock.JOINT, description="timestep layers reconstructed with their blocks or apart"
     )
     step_size: StepSize = Field(StepSize.FITTED, description="scales of activations fitted or learned")
+    probabilities: Probabilities = Field(
+        Probabilities.UNIFORM, description="codes of attention probabilities: uniform, or log2 (DGQ)"
+    )
+    start_token: StartToken = Field(
+        StartToken.JOINT,
+        description="cross-attention's start token: quantized with the others, or apart, in float (DGQ)",
+    )
+    probabilities_scale: ProbabilitiesScale = Field(
+        ProbabilitiesScale.STATIC,
+        description="scale of attention probabilities: fitted, or their largest value at hand (dynamic)",
+    )
+    probabilities_scope: Scope = Field(
+        Scope.SAMPLE, description="what shares a dynamic scale: the whole tensor, a sample or a head"
+    )
     relaxing: Relaxing = Field(
         Interval.NONE,
         description="calls whose activations get more bits: none, near_x0, near_xT, auto, {share: [s, e]} "
@@ -161,9 +217,40 @@ class Axes(BaseModel):
             raise ValueError("relaxing: needs stored parameters, time_axis is dynamic")
         if self.shortcut is Shortcut.SPLIT and self.time_axis is TimeAxis.DYNAMIC:
             raise ValueError("shortcut split: needs stored parameters, time_axis is dynamic")
+        attention = [name for name in _ATTENTION if getattr(self, name) != _default(name)]
+        if self.time_axis is TimeAxis.DYNAMIC and attention:
+            raise ValueError(
+                f"{attention[0]}: time_axis dynamic takes every scale from the tensor, those of attention "
+                "probabilities too; choose time_axis per_call or shared"
+            )
+        if (
+            self.probabilities_scale is ProbabilitiesScale.STATIC
+            and self.probabilities_scope is not Scope.SAMPLE
+        ):
+            raise ValueError(
+                "probabilities_scope: says what shares a dynamic scale; write probabilities_scale: dynamic"
+            )
         if self.temporal_block is TemporalBlock.APART and self.rounding is Rounding.NEAREST:
             raise ValueError("temporal_block apart: nothing is learned with rounding nearest")
         return self
+
+    @model_serializer(mode="wrap")
+    def _said(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the choices on attention where they are neutral: plans of other recipes, and with them the
+        hashes of their artefacts, do not speak of it."""
+        found: dict[str, Any] = dump(self)
+        return {
+            name: value
+            for name, value in found.items()
+            if name not in _ATTENTION or getattr(self, name) != _default(name)
+        }
+
+
+_ATTENTION = ("probabilities", "start_token", "probabilities_scale", "probabilities_scope")
+
+
+def _default(name: str) -> Any:
+    return Axes.model_fields[name].default
 
 
 _SEARCHED: dict[str, Any] = {"weight_range": Range.LP, "activation_range": Range.LP}

@@ -119,6 +119,10 @@ class SiteQuantizer(nn.Module):
             self.observer.update(x)
             if self.mode is Mode.OBSERVE:
                 return x
+        return self.quantized(x)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """Values of the codes of `x`, in its dtype, whatever the mode."""
         if self.soft_params is not None:
             return fake_quantize(x, self.soft_params())
         if self.dynamic:
@@ -133,6 +137,16 @@ class SiteQuantizer(nn.Module):
         scale, low, high = fast
         values = x.detach().float().div(scale).round_().clamp_(low, high).mul_(scale)
         return values.to(x.dtype)
+
+    def fitted(self, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of a range at a width, as they are stored."""
+        params = fit_non_negative(hi, bits) if self.non_negative else fit_affine(lo, hi, bits)
+        return params.scale, params.zero_point
+
+    @property
+    def learnable(self) -> bool:
+        """Whether the site has stored scales of even steps, which step-size learning can move."""
+        return not self.dynamic
 
     def params_of(self, x: Tensor) -> AffineParams:
         """Parameters of a dynamic quantizer for this tensor, one per row.

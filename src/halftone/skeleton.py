@@ -11,8 +11,9 @@ import copy
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,20 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from halftone.components import Index, config_of, explain_load, read_index, small_json, weight_files
+from halftone.components import (
+    Index,
+    config_of,
+    explain_load,
+    load_component,
+    read_index,
+    small_json,
+    weight_files,
+)
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.prompts import token_limit
 from halftone.source import load_source
+from halftone.start_token import tokenizers_of
 
 _CLIP_TOKENS = 77
 
@@ -34,7 +44,8 @@ class Skeleton:
     """A denoiser (possibly on the meta device), its scheduler, and the shapes of what it is given.
 
     latent_size: height and width of the latents, None for the denoiser's own. text_tokens: length of the text
-    states. float_bits: width of the weights in the model's file, or that their values need.
+    states. float_bits: width of the weights in the model's file, or that their values need. tokenizers: those
+    of its texts, read when they are asked for.
     """
 
     denoiser: nn.Module
@@ -42,6 +53,7 @@ class Skeleton:
     latent_size: int | None
     text_tokens: int
     float_bits: int
+    tokenizers: Callable[[], list[Any]]
 
     def calls(self, steps: int) -> int:
         """Denoiser calls of a sampling run of `steps` inference steps."""
@@ -57,7 +69,14 @@ def skeleton_of(pipeline: Any, resolution: int | None = None) -> Skeleton:
     tokens = token_limit(pipeline, tokenizer) if tokenizer is not None else None
     size = _latent_size({} if vae is None else vae.config, resolution)
     denoiser = denoiser_of(pipeline)
-    return Skeleton(denoiser, pipeline.scheduler, size, tokens or _CLIP_TOKENS, _needed_bits(denoiser))
+    return Skeleton(
+        denoiser,
+        pipeline.scheduler,
+        size,
+        tokens or _CLIP_TOKENS,
+        _needed_bits(denoiser),
+        partial(tokenizers_of, pipeline),
+    )
 
 
 def read_skeleton(path: str, revision: str | None = None, resolution: int | None = None) -> Skeleton:
@@ -74,7 +93,8 @@ def read_skeleton(path: str, revision: str | None = None, resolution: int | None
     denoiser = _on_meta(folder, index)
     size = _latent_size(config_of(folder, "vae") if (folder / "vae").is_dir() else {}, resolution)
     width = _stored_bits(folder, index)
-    return Skeleton(denoiser, _scheduler(folder, index), size, _text_tokens(folder), width)
+    tokenizers = partial(_tokenizers, folder, index)
+    return Skeleton(denoiser, _scheduler(folder, index), size, _text_tokens(folder), width, tokenizers)
 
 
 def _latent_size(vae_config: Mapping[str, Any], resolution: int | None) -> int | None:
@@ -95,6 +115,11 @@ def _scheduler(folder: Path, index: Index) -> Any:
     kind: Any = index.entries["scheduler"].kind
     with explain_load(folder / "scheduler", kind):
         return kind.from_pretrained(folder / "scheduler", local_files_only=True)
+
+
+def _tokenizers(folder: Path, index: Index) -> list[Any]:
+    named = [entry for name, entry in index.entries.items() if name.startswith("tokenizer")]
+    return [load_component(folder, entry) for entry in named]
 
 
 def _stored_bits(folder: Path, index: Index) -> int:

@@ -120,7 +120,7 @@ def expected_tensors(plan: Plan, denoiser: nn.Module) -> strict.Expected:
                 f"plan: {site.name[:200]} has {site.parameters} parameters, not {weight.shape[0]}"
             )
     for site in activation_sites(plan):
-        if site.parameters != plan.slots * _halves(site):
+        if site.parameters != plan.slots_of(site) * _halves(site):
             raise UserError(
                 f"plan: {site.name[:200]} has {site.parameters} parameters for {plan.calls} calls"
             )

@@ -21,11 +21,14 @@ from halftone.passes import checkpoint as checkpoints
 from halftone.passes.samples import calibration_prompts
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
 from halftone.progress import Progress
-from halftone.quantizers.affine import AffineParams, fit_affine, fit_non_negative
+from halftone.quantizers.affine import AffineParams
 from halftone.quantizers.ranges import Estimator, MinMax, make_estimator
 from halftone.recipes import Axes, TimeAxis
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs
+
+NONE = torch.zeros(0)
+"""In place of the parameters of a site that takes them from its tensors."""
 
 
 def calibrate(
@@ -127,6 +130,8 @@ class Walk:
     def _new_estimators(self, call: int) -> dict[str, Estimator]:
         return {
             name: make_estimator(self.axes, quantizer.width(call), quantizer.granularity)
+            if quantizer.learnable
+            else MinMax()
             for name, quantizer in self.quantizers.items()
         }
 
@@ -149,7 +154,7 @@ class Walk:
     def last(self) -> ActivationParameters:
         """What was found at the call done last, per-call parameters among it."""
         return {
-            site: SiteParameters(**{name: rows[-1] for name, rows in columns.items()})
+            site: SiteParameters(**{name: rows[-1] if rows else NONE for name, rows in columns.items()})
             for site, columns in self.columns.items()
         }
 
@@ -157,23 +162,28 @@ class Walk:
         """What `last` gave, as the next call done."""
         for site, values in found.items():
             for name, value in values._asdict().items():
-                self.columns[site][name].append(value)
+                if value.numel():
+                    self.columns[site][name].append(value)
         self.done += 1
 
     def use(self, call: int) -> None:
         """Let the quantizers use, at `call`, what was found at it."""
         for site, values in self.last().items():
             quantizer = self.quantizers[site]
+            if quantizer.dynamic:
+                continue
             quantizer.set_call(call, AffineParams(values.scale, values.zero_point, quantizer.width(call)))
 
     def _fit(self, call: int) -> None:
         for name, found in self.estimators.items():
             quantizer = self.quantizers[name]
-            params = fit(*found.range(), quantizer.width(call), quantizer.non_negative)
-            # what is shared by the whole tensor needs no axes to broadcast over
-            shape = () if params.scale.numel() == 1 else params.scale.shape
-            self.columns[name]["scale"].append(params.scale.reshape(shape).cpu())
-            self.columns[name]["zero_point"].append(params.zero_point.reshape(shape).cpu())
+            if quantizer.dynamic:
+                continue
+            found_here = quantizer.fitted(*found.range(), quantizer.width(call))
+            for column, value in zip(("scale", "zero_point"), found_here, strict=True):
+                # what is shared by the whole tensor needs no axes to broadcast over
+                shape = () if value.numel() == 1 else value.shape
+                self.columns[name][column].append(value.reshape(shape).cpu())
 
     def parameters(self) -> ActivationParameters:
         if self.axes.time_axis is TimeAxis.SHARED:
@@ -215,12 +225,7 @@ class Walk:
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:
-    return torch.stack(rows) if rows else torch.zeros(0)
-
-
-def fit(lo: Tensor, hi: Tensor, bits: int, non_negative: bool) -> AffineParams:
-    """Parameters of a range at a width."""
-    return fit_non_negative(hi, bits) if non_negative else fit_affine(lo, hi, bits)
+    return torch.stack(rows) if rows else NONE
 
 
 def _place(denoiser: nn.Module) -> tuple[torch.device, torch.dtype]:

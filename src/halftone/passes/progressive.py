@@ -24,7 +24,7 @@ from halftone.calls import CallContext
 from halftone.errors import UserError
 from halftone.files import explain_disk_faults
 from halftone.passes import checkpoint as checkpoints
-from halftone.passes.calibrate import Walk
+from halftone.passes.calibrate import NONE, Walk
 from halftone.passes.lockstep import Lockstep
 from halftone.passes.rollout import Runs, inputs_at
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
@@ -74,7 +74,8 @@ def calibrate_progressively(
             )
         if not axes.calibrate_last:
             last = {
-                site: SiteParameters(*(value[-1] for value in values)) for site, values in reference.items()
+                site: SiteParameters(*(value[-1] if len(value) else NONE for value in values))
+                for site, values in reference.items()
             }
             work.walk.take(last)
     finally:

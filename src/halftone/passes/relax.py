@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from halftone.passes.calibrate import fit
 from halftone.passes.state import ActivationParameters
+from halftone.probability_quantizer import ProbabilityQuantizer
 from halftone.relaxing import Relaxation
 from halftone.site_quantizer import SiteQuantizer
 
@@ -23,13 +23,16 @@ def relax_shared(
     found: ActivationParameters = {}
     for name, shared in activations.items():
         quantizer = quantizers[name]
+        if quantizer.dynamic:
+            found[name] = shared
+            continue
         params = quantizer.params(0)
         wide = relaxation.width(params.bits, relaxation.calls[0])
         lo, hi = (params.scale * (code - params.zero_point) for code in (params.low, params.high))
-        relaxed = fit(lo, hi, wide, quantizer.non_negative)
-        rows = [relaxed if call in relaxation.calls else params for call in range(n_calls)]
-        scale, zero_point = (
-            torch.stack([getattr(row, part).cpu() for row in rows]) for part in ("scale", "zero_point")
-        )
+        if isinstance(quantizer, ProbabilityQuantizer) and quantizer.log2:
+            hi = params.scale  # the value of code 0, at any width
+        narrow, relaxed = (params.scale, params.zero_point), quantizer.fitted(lo, hi, wide)
+        rows = [relaxed if call in relaxation.calls else narrow for call in range(n_calls)]
+        scale, zero_point = (torch.stack([row[part].cpu() for row in rows]) for part in range(2))
         found[name] = shared._replace(scale=scale, zero_point=zero_point)
     return found

@@ -24,7 +24,7 @@ from halftone.site_quantizer import SiteQuantizer
 class SiteParameters(NamedTuple):
     """Of one activation site: scale and zero point, (n_calls, ...) or shared (1, ...), and the extremes seen
     at every
-    call, lo and hi, (n_calls, ...) always. All float32."""
+    call, lo and hi, (n_calls, ...) always. All float32. A dynamic site has empty scale and zero point."""
 
     scale: Tensor
     zero_point: Tensor

@@ -2,7 +2,8 @@
 full precision (BRECQ, Q-Diffusion: activation step-size learning).
 
 Zero points stay as fitted. A finished unit keeps its learned scales; the units after it are given what the
-quantized ones before them hand on. For parameters shared over the calls.
+quantized ones before them hand on. For parameters shared over the calls. Probabilities with log2 codes or
+dynamic scales quantize meanwhile, and have no step to be learned.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ def learn_step_sizes(
         set_mode(quantizers, Mode.OFF)
         for quantizer in quantizers.values():
             quantizer.soft_params = None
-    return {name: one._replace(scale=quantizers[name].scale.cpu()) for name, one in fitted.items()}
+    return {
+        name: one._replace(scale=quantizers[name].scale.cpu()) if quantizers[name].learnable else one
+        for name, one in fitted.items()
+    }
 
 
 class _Work:
@@ -140,11 +144,11 @@ class _Work:
             progress.advance(1, signature.unit)
 
     def _sites_in(self, unit: str) -> list[str]:
-        """Activation sites of a unit that are used when it runs."""
+        """Activation sites of a unit whose scales can be learned."""
         return [
             name
             for name, quantizer in self.quantizers.items()
-            if f"{quantizer.site.module}.".startswith(f"{unit}.") and not quantizer.dynamic
+            if f"{quantizer.site.module}.".startswith(f"{unit}.") and quantizer.learnable
         ]
 
     def _learn(self, unit: str, names: Sequence[str], data: UnitData) -> dict[str, Tensor]:

@@ -115,4 +115,6 @@ def _known(site: SitePlan) -> bool:
         return site.quantizer is Quantizer.AFFINE and site.granularity is granularity
     granularity = Granularity.TENSOR if site.split is None else Granularity.HALF
     quantizer = Quantizer.NON_NEGATIVE if site.kind == "probabilities" else Quantizer.AFFINE
+    if site.start_apart:
+        return False
     return site.quantizer is quantizer and site.granularity is granularity and site.time_axis in _STORED

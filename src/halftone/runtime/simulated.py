@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from halftone.attention import QuantizedAttnProcessor
 from halftone.calls import CallContext
 from halftone.components import quiet
-from halftone.denoiser import Site, SiteKind
+from halftone.denoiser import START_KINDS, Site, SiteKind
 from halftone.errors import UserError
 from halftone.layers import QuantizedLayer, WeightCodes, wrap
 from halftone.plan import Plan, SitePlan
+from halftone.probability_quantizer import Form, ProbabilityQuantizer
 from halftone.quantizers.affine import dequantize
 from halftone.quantizers.bits import Bits
 from halftone.recipes import TimeAxis
@@ -56,9 +57,10 @@ def build(
         with quiet():
             denoiser.to(dtype)
     dynamic = plan.axes.time_axis is TimeAxis.DYNAMIC
-    quantizers = wrap(denoiser, sites, bits, max(plan.slots, 1), context, dynamic, plan.relaxation)
+    slots, form = max(plan.slots, 1), Form.of(plan.axes)
+    quantizers = wrap(denoiser, sites, bits, slots, context, dynamic, plan.relaxation, form)
     for name, quantizer in quantizers.items():
-        if not dynamic:
+        if not quantizer.dynamic:
             quantizer.set_parameters(*activations[name])
     set_mode(quantizers, Mode.QUANTIZE)
     if wide(dtype) == dtype:
@@ -72,7 +74,8 @@ def multiply_whole_numbers(denoiser: nn.Module, weights: Mapping[str, WeightCode
         processor = getattr(module, "processor", None)
         if isinstance(processor, QuantizedAttnProcessor):
             parts: Any = (processor.query, processor.key, processor.value, processor.probabilities)
-            if all(isinstance(part, SiteQuantizer) and _one_scale(part) for part in parts):
+            plain = all(isinstance(part, SiteQuantizer) and _one_scale(part) for part in parts)
+            if plain and not processor.start_apart:
                 module.processor = WholeAttnProcessor(*parts)
         elif type(module) is QuantizedLayer and module.input is not None and name in weights:
             weight, layer = weights[name], module.layer
@@ -82,6 +85,8 @@ def multiply_whole_numbers(denoiser: nn.Module, weights: Mapping[str, WeightCode
 
 def _one_scale(quantizer: SiteQuantizer) -> bool:
     """Whether a call has one scale, or one for each half of a split site."""
+    if isinstance(quantizer, ProbabilityQuantizer):
+        return False
     return not quantizer.dynamic and (quantizer.scale.ndim == 1 or quantizer.site.split is not None)
 
 
@@ -104,12 +109,15 @@ def site_of(plan: SitePlan, denoiser: nn.Module) -> Site:
         module_type = None
     if kind is None or module_type != plan.module_type or module_type not in _MODULE_TYPES:
         raise UserError(f"plan: site {plan.name[:200]!r} is not one of this {type(denoiser).__name__}")
-    site = Site(plan.module, kind, plan.module_type, plan.float_reason, plan.split)
+    start = bool(plan.start_apart)
+    site = Site(plan.module, kind, plan.module_type, plan.float_reason, plan.split, start)
     sound = site.name == plan.name and site.quantized == (plan.bits is not None)
     if plan.split is not None:
         weight = getattr(denoiser.get_submodule(plan.module), "weight", None)
         sound &= kind in (SiteKind.INPUT, SiteKind.WEIGHT)
         sound &= isinstance(weight, Tensor) and 0 < plan.split < weight.shape[1]
+    if start:
+        sound &= kind in START_KINDS and bool(denoiser.get_submodule(plan.module).is_cross_attention)
     if not sound:
         raise UserError(f"plan: site {plan.name[:200]!r} contradicts itself")
     return site

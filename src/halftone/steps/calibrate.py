@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from diffusers.models.attention_processor import Attention
@@ -23,11 +24,13 @@ from halftone.passes.rollout import Runs, runs_of
 from halftone.passes.state import CalibrationState
 from halftone.passes.step_size import learn_step_sizes
 from halftone.passes.weights import quantize_weights
+from halftone.probability_quantizer import Form
 from halftone.provenance import Provenance
 from halftone.recipes import CalibrationInputs, StepSize, TimeAxis
 from halftone.relaxing import Interval, Relaxation, relaxed_calls
 from halftone.settings import Reconstruction
 from halftone.source import Source
+from halftone.start_token import kept_apart, tokenizers_of
 from halftone.steps.choice import Choice, check_same_model
 from halftone.trajectory import Trajectory
 
@@ -63,7 +66,8 @@ def calibrate(
         needs = "is not auto and takes no choice" if relaxed is not None else "auto needs a choice"
         raise UserError(f"recipe {choice.recipe}: relaxing {needs}; run sensitivity, or set the axis")
     denoiser = denoiser_of(source.pipeline).to(device.best())
-    found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut)
+    apart = kept_apart(choice.axes, partial(tokenizers_of, source.pipeline))
+    found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, apart)
     if weights is None:
         weights = quantize_weights(denoiser, found, choice.axes, choice.bits.weight)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
@@ -75,7 +79,14 @@ def calibrate(
     with restored(denoiser):
         dynamic = choice.axes.time_axis is TimeAxis.DYNAMIC
         quantizers = wrap(
-            denoiser, found, choice.bits, slots, context, dynamic, relaxation if per_call else None
+            denoiser,
+            found,
+            choice.bits,
+            slots,
+            context,
+            dynamic,
+            relaxation if per_call else None,
+            Form.of(choice.axes),
         )
         # both in memory only where the full-precision outputs are needed once more
         learned = choice.axes.step_size is StepSize.LEARNED

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from halftone.layers import WeightCodes, quantized_layers, set_weights, wrap
 from halftone.passes.checkpoint import seed_of
 from halftone.passes.rollout import Inputs, Outputs, Rollout, Runs, roll, runs_of, teacher_forced
 from halftone.passes.state import set_parameters
+from halftone.probability_quantizer import Form
 from halftone.progress import Progress
 from halftone.provenance import Provenance
 from halftone.recipes import TimeAxis
@@ -34,6 +36,7 @@ from halftone.sensitivity import CLEAR, Measured, Sensitivity, Window, capacity,
 from halftone.settings import Reconstruction
 from halftone.site_quantizer import Mode, set_mode
 from halftone.source import Source
+from halftone.start_token import kept_apart, tokenizers_of
 from halftone.steps.calibrate import calibrate, restored
 from halftone.steps.choice import Choice
 from halftone.trajectory import Trajectory
@@ -77,13 +80,14 @@ def sensitivity(
     )
     pipeline = source.pipeline.to(device.best())
     denoiser = denoiser_of(pipeline)
-    found = sites(denoiser, plain.protocol, plain.recipe, plain.axes.shortcut)
+    apart = kept_apart(plain.axes, partial(tokenizers_of, source.pipeline))
+    found = sites(denoiser, plain.protocol, plain.recipe, plain.axes.shortcut, apart)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     slots = trajectory.n_calls if plain.axes.time_axis is TimeAxis.PER_CALL else 1
     runs = runs_of(pipeline, trajectory, known, batch_size, images=clip is not None)
     parts = windows(trajectory.n_calls, n_windows)
     with restored(denoiser):
-        quantizers = wrap(denoiser, found, plain.bits, slots, context)
+        quantizers = wrap(denoiser, found, plain.bits, slots, context, probabilities=Form.of(plain.axes))
         set_weights(denoiser, state.weights, plain.bits.weight, keep_full_precision=True)
         set_parameters(quantizers, state.activations)
         layers = list(quantized_layers(denoiser).values())
