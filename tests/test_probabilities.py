@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from pydantic import ValidationError
 
 import halftone
@@ -23,6 +23,9 @@ from halftone.plan import Plan, describe
 from halftone.probability_quantizer import Form, ProbabilityQuantizer
 from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes, Probabilities, Scope, StartToken, resolve
+from halftone.runtime.integer import simulated_modules
+from halftone.runtime.layers import IntegerAttnProcessor
+from halftone.runtime.whole import WholeAttnProcessor
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.source import load_source
 from halftone.start_token import has_start_token, kept_apart
@@ -81,6 +84,36 @@ def test_scopes(scope: Scope) -> None:
     params = quantizer(Form(LOG2, scope), heads=2).at_hand(x)
     tops = {Scope.TENSOR: [0.8], Scope.SAMPLE: [0.2, 0.2, 0.8, 0.8], Scope.HEAD: [0.1, 0.2, 0.4, 0.8]}
     assert params.scale.flatten().tolist() == pytest.approx(tops[scope])
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("form", [Form(LOG2), Form(LOG2, Scope.HEAD), Form(UNIFORM, Scope.SAMPLE)])
+def test_products_of_whole_numbers(form: Form, bits: int) -> None:
+    """What the plain processor computes of dequantized tensors; in integers the same to the bit."""
+    context, generator = CallContext(), torch.Generator().manual_seed(0)
+    parts: list[Any] = []
+    for kind in (SiteKind.QUERY, SiteKind.KEY, SiteKind.VALUE):
+        site = Site("m", kind, "Attention", start=kind is SiteKind.KEY)
+        made = SiteQuantizer(site, 8, 1, context)
+        made.set_parameters(torch.tensor([0.02]), torch.tensor([120.0]))
+        parts.append(made)
+    parts.append(quantizer(form, bits, heads=2))
+    parts[-1].context = context
+    parts[-1].set_parameters(torch.tensor([0.5]), torch.tensor([0.0]))
+    set_mode(parts, Mode.QUANTIZE)
+    attn = Attention(query_dim=8, heads=2, dim_head=4)
+    query, key, value = (torch.randn(4, n, 4, generator=generator) for n in (40, 21, 21))
+    with torch.no_grad():
+        wanted = QuantizedAttnProcessor(*parts).attend(attn, query * 4, key, value, None)
+        found = WholeAttnProcessor(*parts).attend(attn, query * 4, key, value, None)
+        whole = WholeAttnProcessor(*parts)
+        weights = whole.weights(attn, query * 4, key, None)
+        exact = [whole.mix(weights.double(), value.double()).float()]
+        if bits < 8 or form.codes is UNIFORM:
+            exact.append(IntegerAttnProcessor(*parts).mix(weights, value))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(exact[0], found, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(one, found) for one in exact[1:])
 
 
 def only_probabilities(pipeline: Any, form: Form) -> list[SiteQuantizer]:
@@ -195,8 +228,15 @@ def test_an_artefact_computes_what_was_calibrated(name: str, tiny_model_folder: 
     found = calibrated(tiny_model_folder, tmp_path / "state.safetensors", "w4a4", **RECIPES[name])
     folder = tmp_path / "artefact"
     artefact.write(folder, found.state, found.plan, load_source(tiny_model_folder))
-    assert np.array_equal(images(halftone.load(folder), [0, 1]), run_of(found))
+    simulated = images(halftone.load(folder), [0, 1])
+    assert np.array_equal(simulated, run_of(found))
     assert all(check.passed for check in artefact.verify(folder))
+    pipeline = halftone.load(folder, execution="integer")
+    assert np.array_equal(images(pipeline, [0, 1]), simulated), "the same bits in integers"
+    left = simulated_modules(pipeline.unet)
+    assert bool(left) == (name == "static")
+    reasons = artefact.info(folder)["integer"]["fallbacks"]
+    assert any("log2 codes of 10 bits" in reason for reason in reasons) == bool(left)
 
 
 @pytest.mark.parametrize("name", ["shared", "progressive"])

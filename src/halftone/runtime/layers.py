@@ -9,12 +9,19 @@ from torch import Tensor, nn
 
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
-from halftone.runtime.operands import Affine, Geometry, Product, Weight, encode, geometry_of, steps, wide
+from halftone.runtime.operands import Affine, Geometry, Product, Weight, check_nan, encode, geometry_of, wide
 from halftone.runtime.reference import batched
-from halftone.runtime.whole import Affines, WholeAttnProcessor, cut, halves_of, keep_float32
+from halftone.runtime.whole import (
+    EXACT_FLOAT32,
+    Affines,
+    Operand,
+    WholeAttnProcessor,
+    cut,
+    halves_of,
+    keep_float32,
+)
 from halftone.site_quantizer import SiteQuantizer
 
-_EXACT_FLOAT32 = 2**24
 _EXACT_BFLOAT16 = 2**8  # a float32 product may round its operands to this, where PyTorch is told to
 _KEPT = ("weight_scale",)  # float32, whatever the model is cast to
 
@@ -91,16 +98,14 @@ class IntegerAttnProcessor(WholeAttnProcessor):
     exact, and in float64 beyond. Scales, mask and softmax are float.
     """
 
-    def steps(self, x: Tensor, affine: Affine, site: SiteQuantizer) -> Tensor:
-        return steps(x, affine, site.site.name)
+    def operand(self, x: Tensor, quantizer: SiteQuantizer) -> Operand:
+        found = super().operand(x, quantizer)
+        check_nan(found.steps, quantizer.site.name)
+        return found
 
-    def product(self, left: Tensor, right: Tensor, of_left: Affine, of_right: Affine) -> Tensor:
-        terms = left.shape[-1]
-        most = float(of_left.reach * terms)
-        if of_left is self.affine("probabilities"):
-            # they add up to 1, so the codes of n of them add up to 1 / scale + n / 2 at most
-            most = min(most, 1.001 / float(of_left.scale) + terms / 2)
-        most *= of_right.reach
-        if max(of_left.reach, of_right.reach) <= _EXACT_BFLOAT16 and most < _EXACT_FLOAT32:
-            return torch.bmm(left, right)
-        return batched(left, right, most).to(left.dtype)
+    def product(self, left: Operand, right: Operand) -> Tensor:
+        most = left.most * right.reach
+        narrow = left.octaves or left.reach <= _EXACT_BFLOAT16
+        if narrow and right.reach <= _EXACT_BFLOAT16 and most < EXACT_FLOAT32:
+            return torch.bmm(left.steps, right.steps)
+        return batched(left.steps, right.steps, most).to(left.steps.dtype)

@@ -107,20 +107,19 @@ def whole(x: Tensor, affine: Affine) -> Tensor:
     return values.div(affine.scale.to(values.dtype)).round_().clamp_(low, high)
 
 
-def steps(x: Tensor, affine: Affine, site: str = "tensor") -> Tensor:
-    """`whole`, but raises UserError for NaN."""
-    values = whole(x, affine)
+def check_nan(steps: Tensor, site: str) -> None:
+    """Raises UserError for NaN among what `whole` gave."""
     # the clamp has taken infinities, as the codes are defined; only NaN is left to spoil a sum
-    if values.sum().isnan():
+    if steps.sum().isnan():
         raise UserError(f"{site}: holds NaN, which has no code; try more bits, or run the model in float32")
-    return values
 
 
 def encode(x: Tensor, affine: Affine, site: str = "tensor") -> Tensor:
     """Codes of `x`: uint8 up to 8 bits, int32 above. Raises UserError for NaN."""
-    whole = steps(x, affine, site)
+    steps = whole(x, affine)
+    check_nan(steps, site)
     if affine.bits > 8:
-        return whole.add_(affine.zero_point).to(torch.int32)
+        return steps.add_(affine.zero_point).to(torch.int32)
     return (
-        whole.add_(affine.zero_point - _BYTE_SHIFT).to(torch.int8).view(torch.uint8).bitwise_xor_(_BYTE_SHIFT)
+        steps.add_(affine.zero_point - _BYTE_SHIFT).to(torch.int8).view(torch.uint8).bitwise_xor_(_BYTE_SHIFT)
     )

@@ -27,8 +27,7 @@ from halftone.files import read_json, write_json
 from halftone.layers import QuantizedLayer
 from halftone.progress import track
 from halftone.runtime.layers import IntegerAttnProcessor, IntegerLayer
-from halftone.runtime.operands import Affine, encode
-from halftone.site_quantizer import SiteQuantizer
+from halftone.runtime.operands import Affine
 from halftone.trajectory import Trajectory, denoiser_inputs
 
 FILE = "parity.json"
@@ -246,10 +245,8 @@ class _Comparison:
             probabilities = fast.weights(attn, query, key, mask)
             output = fast.mix(probabilities, value)
             if self.on:
-                assert isinstance(slow.probabilities, SiteQuantizer)
-                affine = fast.affine("probabilities")
                 wanted = slow.weights(attn, query, key, mask)
-                self._count(name, encode(probabilities, affine), encode(wanted, affine))
+                self._count(name, fast.codes(probabilities), fast.codes(wanted))
                 self._difference(name, output, slow.mix(probabilities, value))
             return output
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from halftone.runtime.operands import Affine, Geometry, Weight, spread
 
-_EXACT_BELOW = 2**53
+EXACT_FLOAT64 = 2**53
 
 
 class ReferenceProduct:
@@ -27,7 +27,7 @@ class ReferenceProduct:
         self._largest = int(weight.steps().abs().max()) * weight.terms
 
     def accumulate(self, codes: Tensor, affine: Affine) -> Tensor:
-        if self._largest * affine.reach >= _EXACT_BELOW:
+        if self._largest * affine.reach >= EXACT_FLOAT64:
             raise ValueError(f"sums of {self.weight.terms} products could exceed 2^53")
         whole = codes.double() - affine.zero_point
         weight = self.weight.steps().double()
@@ -49,6 +49,6 @@ def batched(left: Tensor, right: Tensor, largest: float) -> Tensor:
 
     Raises ValueError where the sums could leave 2^53.
     """
-    if largest >= _EXACT_BELOW:
+    if largest >= EXACT_FLOAT64:
         raise ValueError("sums of products could exceed 2^53")
     return torch.bmm(left.double(), right.double())

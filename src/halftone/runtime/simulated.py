@@ -74,8 +74,7 @@ def multiply_whole_numbers(denoiser: nn.Module, weights: Mapping[str, WeightCode
         processor = getattr(module, "processor", None)
         if isinstance(processor, QuantizedAttnProcessor):
             parts: Any = (processor.query, processor.key, processor.value, processor.probabilities)
-            plain = all(isinstance(part, SiteQuantizer) and _one_scale(part) for part in parts)
-            if plain and not processor.start_apart:
+            if all(isinstance(part, SiteQuantizer) and _one_scale(part) for part in parts):
                 module.processor = WholeAttnProcessor(*parts)
         elif type(module) is QuantizedLayer and module.input is not None and name in weights:
             weight, layer = weights[name], module.layer
@@ -84,9 +83,9 @@ def multiply_whole_numbers(denoiser: nn.Module, weights: Mapping[str, WeightCode
 
 
 def _one_scale(quantizer: SiteQuantizer) -> bool:
-    """Whether a call has one scale, or one for each half of a split site."""
+    """Whether a call has one scale, or one for each half of a split site or row of probabilities."""
     if isinstance(quantizer, ProbabilityQuantizer):
-        return False
+        return True
     return not quantizer.dynamic and (quantizer.scale.ndim == 1 or quantizer.site.split is not None)
 
 

@@ -8,6 +8,7 @@ and then scales and adds in the same order. Beyond 2^24 a sum is rounded, as in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -16,9 +17,16 @@ from torch.nn import functional
 
 from halftone.attention import QuantizedAttnProcessor
 from halftone.layers import QuantizedLayer, WeightCodes
-from halftone.runtime.operands import Affine, Weight, geometry_of, spread, whole, wide
+from halftone.probability_quantizer import ProbabilityQuantizer
+from halftone.quantizers.affine import SMALLEST_SCALE
+from halftone.quantizers.log2 import Log2Params, fake_quantize_log2
+from halftone.runtime.operands import Affine, Weight, encode, geometry_of, spread, whole, wide
+from halftone.runtime.reference import EXACT_FLOAT64, batched
 from halftone.site_quantizer import Mode, SiteQuantizer
 
+EXACT_FLOAT32 = 2**24
+WHOLE_OCTAVES = 31
+"""Octaves of log2 codes of 5 bits: 2^31, times 8 bits of a value, over 2^14 keys adds up to 2^53."""
 _KEPT = ("weight_scale",)  # float32, whatever the model is cast to
 
 
@@ -133,8 +141,26 @@ def _plain(x: Tensor, quantizer: nn.Module | None) -> bool:
     return quantizer.mode is Mode.QUANTIZE and not learned
 
 
+class Operand(NamedTuple):
+    """Whole numbers of a batched product, and what they stand for: values are scale x steps.
+
+    scale: float32, () or (rows, 1, 1). reach: largest magnitude of a step. most: bound of the sum of a row's.
+    octaves: steps are powers of two.
+    """
+
+    steps: Tensor
+    scale: Tensor
+    reach: int
+    most: float
+    octaves: bool = False
+
+
 class WholeAttnProcessor(QuantizedAttnProcessor):
-    """Simulated attention: q kᵀ and probabilities x v are products of whole numbers, scaled afterwards."""
+    """Simulated attention: q kᵀ and probabilities x v are products of whole numbers, scaled afterwards.
+
+    Log2 probabilities are whole multiples of the smallest of `WHOLE_OCTAVES`, dynamic scales are factors of
+    the rows. A start token's key and column are float: scores and an outer product of their own, added.
+    """
 
     query: SiteQuantizer
     key: SiteQuantizer
@@ -145,40 +171,94 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
         self, query: SiteQuantizer, key: SiteQuantizer, value: SiteQuantizer, probabilities: SiteQuantizer
     ) -> None:
         super().__init__(query, key, value, probabilities)
-        sites = {"query": query, "key": key, "value": value, "probabilities": probabilities}
-        self.affines = {name: Affines(quantizer) for name, quantizer in sites.items()}
+        self.affines = {part.site.kind: Affines(part) for part in (query, key, value, probabilities)}
 
-    def affine(self, name: str) -> Affine:
-        """Of `query`, `key`, `value` or `probabilities`, at the present call."""
-        (found,) = self.affines[name].now()
+    def affine(self, quantizer: SiteQuantizer) -> Affine:
+        """Of one of the four, at the present call."""
+        (found,) = self.affines[quantizer.site.kind].now()
         return found
 
     def weights(self, attn: Attention, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
         if not _plain(query, self.query) or not _plain(key, self.key):
             return super().weights(attn, query, key, mask)
-        of_query, of_key = self.affine("query"), self.affine("key")
-        left = self.steps(query, of_query, self.query)
-        right = self.steps(key, of_key, self.key).transpose(1, 2)
-        sums = self.product(left, right, of_query, of_key)
-        scores = sums.mul_(of_query.scale.to(sums.dtype) * of_key.scale.to(sums.dtype) * attn.scale)
+        first, rest = self._start(key, 1)
+        left, right = self.operand(query, self.query), self.operand(rest, self.key)
+        sums = self.product(left, right._replace(steps=right.steps.transpose(1, 2)))
+        of_query, dtype = left.scale.to(left.steps.dtype), sums.dtype
+        scores = sums.mul_(of_query * right.scale.to(dtype) * attn.scale)
+        if first is not None:
+            own = (left.steps * first.to(dtype)).sum(-1, keepdim=True).mul_(of_query * attn.scale)
+            scores = torch.cat([own, scores], dim=-1)
         if mask is not None:
             scores = scores + mask
-        return scores.softmax(dim=-1, dtype=sums.dtype).to(query.dtype)
+        return scores.softmax(dim=-1, dtype=dtype).to(query.dtype)
 
     def mix(self, probabilities: Tensor, value: Tensor) -> Tensor:
         if not _plain(probabilities, self.probabilities) or not _plain(value, self.value):
             return super().mix(probabilities, value)
-        of_probabilities, of_value = self.affine("probabilities"), self.affine("value")
-        left = self.steps(probabilities, of_probabilities, self.probabilities)
-        right = self.steps(value, of_value, self.value)
-        sums = self.product(left, right, of_probabilities, of_value)
-        scale = of_probabilities.scale.to(sums.dtype) * of_value.scale.to(sums.dtype)
-        return sums.mul_(scale).to(value.dtype)
+        first, rest = self._start(probabilities, 2)
+        left, right = self.operand(rest, self.probabilities), self.operand(value, self.value)
+        of_first, of_rest = self._start(right.steps, 1)
+        sums = self.product(left, right._replace(steps=of_rest))
+        of_value = right.scale.to(sums.dtype)
+        found = sums.mul_(left.scale.to(sums.dtype) * of_value)
+        if first is not None and of_first is not None:
+            found.add_(first.to(sums.dtype) * (of_first * of_value))
+        return found.to(value.dtype)
 
-    def steps(self, x: Tensor, affine: Affine, site: SiteQuantizer) -> Tensor:
-        """Code - zero point of every value."""
-        return whole(x, affine)
+    def codes(self, probabilities: Tensor) -> Tensor:
+        """Codes of probabilities, without a start token's."""
+        _, rest = self._start(probabilities, 2)
+        if isinstance(self.probabilities, ProbabilityQuantizer):
+            return self.probabilities.codes(rest)
+        return encode(rest, self.affine(self.probabilities), self.probabilities.site.name)
 
-    def product(self, left: Tensor, right: Tensor, of_left: Affine, of_right: Affine) -> Tensor:
-        """Batched product of whole numbers, in their type."""
-        return torch.bmm(left, right)
+    def operand(self, x: Tensor, quantizer: SiteQuantizer) -> Operand:
+        """A tensor as whole numbers, in a float type."""
+        if isinstance(quantizer, ProbabilityQuantizer):
+            return _probabilities(x, quantizer)
+        affine = self.affine(quantizer)
+        most = float(affine.reach * x.shape[-1])
+        if quantizer is self.probabilities:
+            most = min(most, _sum_of_codes(affine.scale, x.shape[-1]))
+        return Operand(whole(x, affine), affine.scale, affine.reach, most)
+
+    def product(self, left: Operand, right: Operand) -> Tensor:
+        """Batched product of whole numbers, in their type; of octaves, whose sums soon pass what float32
+        holds, by way of float64 on a CPU."""
+        most = left.most * right.reach
+        if left.octaves and EXACT_FLOAT32 <= most < EXACT_FLOAT64 and left.steps.device.type == "cpu":
+            return batched(left.steps, right.steps, most).to(left.steps.dtype)
+        return torch.bmm(left.steps, right.steps)
+
+    def _start(self, x: Tensor, axis: int) -> tuple[Tensor | None, Tensor]:
+        """A start token's part along the axis of the key tokens, None if it is not apart, and the rest."""
+        if not self.start_apart:
+            return None, x
+        first, rest = x.split([1, x.shape[axis] - 1], axis)
+        return first, rest
+
+
+def _probabilities(x: Tensor, quantizer: ProbabilityQuantizer) -> Operand:
+    params, terms = quantizer.at_hand(x), x.shape[-1]
+    dtype = wide(x.dtype)
+    if isinstance(params, Log2Params):
+        shift = min(params.high, WHOLE_OCTAVES)
+        steps = fake_quantize_log2(x.detach().float(), params).div_(params.scale).mul_(2.0**shift).to(dtype)
+        most = min(2.0**shift * terms, 1.5 * 2.0**shift / _smallest(params.scale) + terms)
+        if params.high > shift:  # the lowest octaves are fractions
+            most = EXACT_FLOAT64
+        return Operand(steps, params.scale * 2.0**-shift, 2**shift, most, octaves=True)
+    steps = x.detach().to(dtype).div(params.scale.to(dtype)).round_().clamp_(params.low, params.high)
+    most = min(float(params.high * terms), _sum_of_codes(params.scale, terms))
+    return Operand(steps, params.scale, params.high, most)
+
+
+def _sum_of_codes(scale: Tensor, terms: int) -> float:
+    """Bound of the codes of a row: probabilities add up to 1, so these to 1 / scale + terms / 2 at most."""
+    return 1.001 / _smallest(scale) + terms / 2
+
+
+def _smallest(scale: Tensor) -> float:
+    """The smallest scale; 0 where reading it would make a device wait."""
+    return float(scale.min()) if scale.device.type == "cpu" else SMALLEST_SCALE
