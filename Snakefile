@@ -9,7 +9,7 @@ configfile: "params.yaml"
 
 include: "workflow/rules/common.smk"  # settings, files, and what every job shares
 include: "workflow/rules/prompts.smk"  # fetch_prompts, where the settings name prompts of others
-include: "workflow/rules/calibration.smk"  # calibration_data -> reconstruct -> calibrate -> analyze
+include: "workflow/rules/calibration.smk"  # calibration_data -> reparameterize -> reconstruct -> calibrate -> analyze
 include: "workflow/rules/artefact.smk"  # export -> sample
 include: "workflow/rules/figures.smk"  # metrics -> summary -> report
 include: "workflow/rules/image_reward.smk"  # aside: `snakemake image_reward`, with an environment of its own

@@ -29,6 +29,7 @@ from halftone.steps.calibrate import calibrate
 from halftone.steps.choice import choose
 from halftone.steps.reconstruct import reconstruct
 from halftone.steps.record import record
+from halftone.steps.reparameterize import reparameterize
 from halftone.steps.sensitivity import sensitivity
 
 IN_MEMORY = "in memory"
@@ -87,15 +88,29 @@ def quantize(
 
     planned()  # what cannot be planned is told before time is spent
     work = output.with_name(f".{output.name}.work")
-    weights = None
+    weights, factors = None, None
+    if choice.reparameterizes:
+        factors = reparameterize(source, trajectory, known, choice, batch_size=batch_size).values
     how = Reconstruction(budget=Budget(budget))
     if choice.learns_rounding:
         learned = reconstruct(
-            source, trajectory, known, choice, how=how, seed=seed, checkpoint=work / "reconstruct"
+            source,
+            trajectory,
+            known,
+            choice,
+            factors=factors,
+            how=how,
+            seed=seed,
+            checkpoint=work / "reconstruct",
         )
         weights = learned.weights
     work.mkdir(parents=True, exist_ok=True)
-    how_calibrated: dict[str, Any] = {"weights": weights, "batch_size": batch_size, "how": how}
+    how_calibrated: dict[str, Any] = {
+        "factors": factors,
+        "weights": weights,
+        "batch_size": batch_size,
+        "how": how,
+    }
     relaxed = None
     if choice.axes.relaxing == Interval.AUTO:
         (work / "sensitivity").mkdir(exist_ok=True)

@@ -30,6 +30,7 @@ __all__ = [
     "CallContext",
     "Site",
     "SiteKind",
+    "attends_plainly",
     "blocks",
     "concat_shortcuts",
     "denoiser_of",
@@ -225,14 +226,20 @@ def sites(
 def _attention_reason(attention: nn.Module, authors: _AuthorsSites) -> str | None:
     if not authors.attention:
         return "the method's authors leave attention in float (protocol paper)"
+    if attends_plainly(attention):
+        return None
+    processor = getattr(attention, "processor", None)
+    kind = type(attention if processor is None else processor).__name__
+    return f"attention of kind {kind} is not taken apart"
+
+
+def attends_plainly(attention: nn.Module) -> bool:
+    """Whether a module's arithmetic is softmax(q kᵀ) v and nothing else."""
     processor = getattr(attention, "processor", None)
     plain = isinstance(processor, _PLAIN_PROCESSORS) or getattr(
         processor, "materialises_probabilities", False
     )
-    if isinstance(attention, Attention) and plain:
-        return None
-    kind = type(attention if processor is None else processor).__name__
-    return f"attention of kind {kind} is not taken apart"
+    return isinstance(attention, Attention) and plain
 
 
 def blocks(denoiser: nn.Module, *, boundary: bool = False) -> list[Block]:

@@ -24,6 +24,7 @@ MIB = 2**20
 # our measurements on the embedded model and 2 cores; a finished job corrects them
 _START_UP = {
     Rule.CALIBRATION_DATA: 9.0,
+    Rule.REPARAMETERIZE: 9.0,
     Rule.RECONSTRUCT: 9.0,
     Rule.SENSITIVITY: 9.0,
     Rule.CALIBRATE: 9.0,
@@ -101,7 +102,7 @@ def _work(settings: Settings, rule: Rule, key: str, speed: float) -> float:
     halves = 2 if (model.guidance_scale or 0) > 1 else 1
     macs = denoiser_macs(model.path, model.resolution)
     passes = model.steps * halves * macs
-    if rule is Rule.CALIBRATION_DATA:
+    if rule in (Rule.CALIBRATION_DATA, Rule.REPARAMETERIZE):
         return settings.calibration.n_prompts * passes / speed
     if rule in (Rule.CALIBRATE, Rule.SENSITIVITY):
         observing = settings.calibration.n_prompts * passes * _SIMULATED / speed

@@ -17,7 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from halftone.errors import UserError
 from halftone.files import read_json, write_json
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Probabilities, ProbabilitiesScale, Range, StartToken, TimeAxis
+from halftone.recipes import (
+    Axes,
+    Probabilities,
+    ProbabilitiesScale,
+    Range,
+    Reparameterization,
+    StartToken,
+    TimeAxis,
+)
 from halftone.relaxing import Interval, Relaxation, relaxed_calls
 from halftone.settings import Protocol
 
@@ -40,6 +48,13 @@ class Quantizer(StrEnum):
     AFFINE = "affine"
     NON_NEGATIVE = "affine, zero point 0"
     LOG2 = "log2"
+
+
+class Division(StrEnum):
+    """Where the input of a reparameterized layer is divided by its factors."""
+
+    FOLDED = "folded into the module before"
+    QUANTIZE_STEP = "in the quantize step"
 
 
 class Granularity(StrEnum):
@@ -76,6 +91,9 @@ class SitePlan(_Part):
     range: Range | None = None
     split: int | None = Field(
         default=None, description="channels of the first of two halves with parameters of their own"
+    )
+    division: Division | None = Field(
+        default=None, description="of a reparameterized layer's input, None of any other site"
     )
     time_axis: TimeAxis | None = Field(default=None, description="None for a weight, which no call changes")
     start_apart: Literal[True] | None = Field(
@@ -173,6 +191,15 @@ class Plan(_Part):
             raise ValueError("a start token is kept apart in one of keys and probabilities only")
         return self
 
+    @model_validator(mode="after")
+    def _divides_what_the_axes_say(self) -> Plan:
+        divided = [site for site in self.sites if site.division is not None]
+        if divided and self.axes.reparameterization is Reparameterization.NONE:
+            raise ValueError(f"{divided[0].name} is divided, but the axes reparameterize nothing")
+        if any(site.kind != "input" or site.bits is None for site in divided):
+            raise ValueError("a site is divided that is no quantized layer input")
+        return self
+
     @property
     def relaxation(self) -> Relaxation | None:
         """Calls with more bits; None where there are none."""
@@ -266,7 +293,8 @@ def describe(site: SitePlan) -> str:
         None: "",
     }[site.time_axis]
     apart = "" if not site.start_apart else f", start {'row' if site.kind == 'key' else 'column'} apart"
-    return f"{site.bits}-bit {site.quantizer}, {site.granularity}{time}{apart}"
+    divided = "" if site.division is None else f", divided {site.division}"
+    return f"{site.bits}-bit {site.quantizer}, {site.granularity}{time}{apart}{divided}"
 
 
 def describe_relaxing(plan: Plan) -> str | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from halftone.plan import (
     FLOAT_BITS,
     BitOperations,
+    Division,
     Execution,
     Granularity,
     Plan,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from halftone.macs import Macs
 
 _SCALE_BYTES = 4
+_FACTOR_BYTES = 2
 
 
 def make_plan(
@@ -53,7 +55,16 @@ def make_plan(
     shapes = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
     relaxation = Relaxation(relaxed, axes.relaxed_bits) if relaxed else None
     slots = parameter_slots(axes, calls, relaxation)
-    resolved = tuple(_resolve(site, shapes, axes, bits, slots, macs, execution) for site in sites)
+    from halftone.folding import divisions, reparameterized_layers
+
+    sites = tuple(sites)
+    divided = divisions(reparameterized_layers(denoiser, sites, axes))
+    resolved = tuple(
+        _resolve(site, shapes, axes, bits, slots, macs, execution, divided.get(site.module)) for site in sites
+    )
+    # factors that the quantize step divides by; folded ones are in the weights
+    kept = [name for name, where in divided.items() if where is Division.QUANTIZE_STEP]
+    factors = sum(shapes[f"{name}.weight"][1] for name in kept)
     total = sum(parameter.numel() for parameter in denoiser.parameters())
     return Plan(
         recipe=recipe,
@@ -64,7 +75,7 @@ def make_plan(
         denoiser=type(denoiser).__name__,
         calls=calls,
         sites=resolved,
-        sizes=_sizes(resolved, total, float_bits, relaxation),
+        sizes=_sizes(resolved, total, float_bits, relaxation, factors),
         bit_operations=None if macs is None else _bit_operations(resolved, macs, calls, relaxation),
     )
 
@@ -77,6 +88,7 @@ def _resolve(
     slots: int,
     macs: Macs | None,
     execution: Execution,
+    division: Division | None,
 ) -> SitePlan:
     from halftone.denoiser import SiteKind
 
@@ -125,6 +137,7 @@ def _resolve(
         granularity=granularity,
         range=Range.MINMAX if own else axes.activation_range,
         split=site.split,
+        division=division if site.kind is SiteKind.INPUT else None,
         time_axis=time_axis,
         start_apart=True if site.start else None,
         parameters=0 if time_axis is TimeAxis.DYNAMIC else halves * slots,
@@ -137,7 +150,9 @@ def _granularity(site: Site, axes: Axes) -> Granularity:
     return Granularity.TENSOR if site.split is None else Granularity.HALF
 
 
-def _sizes(sites: Sequence[SitePlan], total: int, float_bits: int, relaxation: Relaxation | None) -> Sizes:
+def _sizes(
+    sites: Sequence[SitePlan], total: int, float_bits: int, relaxation: Relaxation | None, factors: int
+) -> Sizes:
     def code_bytes(site: SitePlan) -> int:
         most = 0 if relaxation is None or site.elements is not None else relaxation.bits
         return _code_bytes(max(site.bits or 0, most))
@@ -148,7 +163,8 @@ def _sizes(sites: Sequence[SitePlan], total: int, float_bits: int, relaxation: R
         float_bits=float_bits,
         original=total * float_bits // 8,
         packed=sum(_packed(site.elements or 0, site.bits or 0) for site in weights),
-        parameters=sum(site.parameters * (_SCALE_BYTES + code_bytes(site)) for site in sites),
+        parameters=sum(site.parameters * (_SCALE_BYTES + code_bytes(site)) for site in sites)
+        + _FACTOR_BYTES * factors,
         left_float=(total - quantized) * float_bits // 8,
     )
 

@@ -133,6 +133,25 @@ class Scope(StrEnum):
     HEAD = "head"
 
 
+class Reparameterization(StrEnum):
+    """Range moved from the channels of activations to the input channels of weights, the layer's output kept.
+
+    `tcr`: every channel shrinks towards the quietest, one factor for all calls (TCAQ-DM, TCR). `smooth`: the
+    range is shared out between activation and weight (SmoothQuant).
+    """
+
+    NONE = "none"
+    TCR = "tcr"
+    SMOOTH = "smooth"
+
+
+class ReparameterizedLayers(StrEnum):
+    """Layers whose input is reparameterized: convolutions (TCAQ-DM), or Linear ones too."""
+
+    CONVOLUTIONS = "convolutions"
+    ALL = "all"
+
+
 class Axes(BaseModel):
     """One choice per axis; the defaults are the neutral ones of a plain min-max quantizer."""
 
@@ -161,6 +180,26 @@ class Axes(BaseModel):
         False, description="progressive, replayed: every call is calibrated on noise of its own (PCR)"
     )
     shortcut: Shortcut = Field(Shortcut.WHOLE, description="concatenated shortcut inputs, whole or split")
+    reparameterization: Reparameterization = Field(
+        Reparameterization.NONE, description="range moved from activations to weights: none, tcr or smooth"
+    )
+    reparameterization_layers: ReparameterizedLayers = Field(
+        ReparameterizedLayers.CONVOLUTIONS, description="layers that are reparameterized"
+    )
+    reparameterization_groups: int | None = Field(
+        None, ge=1, description="tcr: uniform groups of calls with statistics of their own; null: every call"
+    )
+    reparameterization_limit: float = Field(10.0, ge=1, le=1000, description="largest factor of a channel")
+    reparameterization_floor: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="quantile of the channels that the others shrink to, 0 the quietest; more guards against "
+        "channels that are nearly dead",
+    )
+    smooth_exponent: float = Field(
+        0.5, ge=0, le=1, description="smooth: share of the range that moves to the weights"
+    )
     rounding: Rounding = Field(Rounding.NEAREST, description="nearest, or learned by block reconstruction")
     unit_input: UnitInput = Field(UnitInput.QUANTIZED_PREFIX, description="inputs of block reconstruction")
     temporal_block: TemporalBlock = Field(
@@ -232,21 +271,42 @@ class Axes(BaseModel):
             )
         if self.temporal_block is TemporalBlock.APART and self.rounding is Rounding.NEAREST:
             raise ValueError("temporal_block apart: nothing is learned with rounding nearest")
+        self._check_reparameterization()
         return self
+
+    def _check_reparameterization(self) -> None:
+        how = self.reparameterization
+        for axis in ("layers", "limit", "floor"):
+            name = f"reparameterization_{axis}"
+            if how is Reparameterization.NONE and getattr(self, name) != _default(name):
+                raise ValueError(f"{name}: nothing is reparameterized; write reparameterization: tcr with it")
+        if how is not Reparameterization.TCR and self.reparameterization_groups is not None:
+            raise ValueError("reparameterization_groups: of tcr, which averages over calls; leave it out")
+        if how is not Reparameterization.SMOOTH and self.smooth_exponent != _default("smooth_exponent"):
+            raise ValueError("smooth_exponent: of reparameterization smooth; leave it out")
 
     @model_serializer(mode="wrap")
     def _said(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the choices on attention where they are neutral: plans of other recipes, and with them the
-        hashes of their artefacts, do not speak of it."""
+        """Without the choices of `_UNSAID` where they are neutral: plans of other recipes, and with them the
+        hashes of their artefacts, do not speak of them."""
         found: dict[str, Any] = dump(self)
         return {
             name: value
             for name, value in found.items()
-            if name not in _ATTENTION or getattr(self, name) != _default(name)
+            if name not in _UNSAID or getattr(self, name) != _default(name)
         }
 
 
 _ATTENTION = ("probabilities", "start_token", "probabilities_scale", "probabilities_scope")
+_UNSAID = (
+    *_ATTENTION,
+    "reparameterization",
+    "reparameterization_layers",
+    "reparameterization_groups",
+    "reparameterization_limit",
+    "reparameterization_floor",
+    "smooth_exponent",
+)
 
 
 def _default(name: str) -> Any:

@@ -41,11 +41,13 @@ class SiteQuantizer(nn.Module):
     They are NaN until set, and stay float32 when the model is cast. A `dynamic` quantizer has none: it takes
     those of every row (index of the first axis: a sample, or a head of one) from the row itself, so a row
     depends on no other. `soft_params`, when set, is called at every forward for the parameters to use
-    instead, with gradients (step-size learning).
+    instead, with gradients (step-size learning). `divisor`, when set, divides the tensor first, whatever the
+    mode: a factor per channel that the weight has been multiplied by (reparameterization).
     """
 
     scale: Tensor
     zero_point: Tensor
+    divisor: Tensor | None
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class SiteQuantizer(nn.Module):
         self.soft_params: Callable[[], AffineParams] | None = None
         self.register_buffer("scale", torch.full((n_calls,), torch.nan))
         self.register_buffer("zero_point", torch.full((n_calls,), torch.nan))
+        self.register_buffer("divisor", None)
         self._fast: list[tuple[Tensor, float, float] | None] = []
 
     @property
@@ -86,6 +89,10 @@ class SiteQuantizer(nn.Module):
         self.scale = scale.detach().to(device, torch.float32, copy=True)
         self.zero_point = zero_point.detach().to(device, torch.float32, copy=True)
         self._fast = []
+
+    def divided(self, x: Tensor) -> Tensor:
+        """The tensor as it is quantized: divided by its factors, where it has any; of its own dtype."""
+        return x if self.divisor is None else (x / self.divisor).to(x.dtype)
 
     def set_call(self, call: int, params: AffineParams) -> None:
         """Parameters of one call (of all, where they are shared)."""
@@ -111,6 +118,7 @@ class SiteQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x, of its own shape and dtype. Raises RuntimeError when quantizing without parameters."""
+        x = self.divided(x)
         if self.mode is Mode.OFF:
             return x
         if self.mode is not Mode.QUANTIZE:
@@ -188,3 +196,14 @@ def set_mode(quantizers: Mapping[str, SiteQuantizer] | Iterable[SiteQuantizer], 
     """Put all of them into one mode."""
     for quantizer in quantizers.values() if isinstance(quantizers, Mapping) else quantizers:
         quantizer.mode = mode
+
+
+def set_divisors(quantizers: Mapping[str, SiteQuantizer], divisors: Mapping[str, Tensor]) -> None:
+    """Factors (channels,) by module that the quantizers of these layers' inputs divide by.
+
+    Raises KeyError for a layer whose input is not quantized.
+    """
+    for module, factors in divisors.items():
+        quantizer = quantizers[f"{module}.{SiteKind.INPUT}"]
+        along = (-1, 1, 1) if quantizer.site.module_type == "Conv2d" else (-1,)
+        quantizer.divisor = factors.to(quantizer.scale.device, torch.float32).reshape(along)

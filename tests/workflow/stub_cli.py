@@ -15,6 +15,7 @@ from pathlib import Path
 
 OUTPUTS = {
     "analyze": ("plan.json", "statistics.json", "ranges.svg"),
+    "reparameterize": ("factors.safetensors", "imbalance.json", "imbalance.svg"),
     "sensitivity": ("sensitivity.json", "sensitivity.svg"),
     "export": ("unet/quantized.safetensors", "plan.json", "manifest.json"),
     "proxy": ("card.json", "card.md"),

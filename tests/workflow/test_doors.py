@@ -94,7 +94,7 @@ def test_dvc_runs_one_scenarios_chain_when_its_bits_change(recorded: Path, tmp_p
     said = dvc(tree, "repro", f"sample@{STATIC}")
     assert said.returncode == 0, said.stderr + said.stdout
     ran = [line.split("'")[1] for line in said.stdout.splitlines() if line.startswith("Running stage")]
-    steps = ("reconstruct", "sensitivity", "calibrate", "analyze", "export", "sample")
+    steps = ("reparameterize", "reconstruct", "sensitivity", "calibrate", "analyze", "export", "sample")
     assert ran == [f"{step}@{STATIC}" for step in steps]
     left = {job.name for job in plan(tree) if job.runs}
     assert left == {f"metrics {STATIC}", "summary", "report"}

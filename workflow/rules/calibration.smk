@@ -18,9 +18,33 @@ rule calibration_data:
         "{HALFTONE} calibration-data {params.options} {params.prompts} -o {output} &> {log}"
 
 
+# Range moved from activations to weights, for the rows that ask for it.
+rule reparameterize:
+    input:
+        data=data_of,
+        model=model_files,
+    output:
+        factors=REPARAMETERIZE,
+        data=IMBALANCE,
+        plot=IMBALANCE_PLOT,
+    log:
+        "logs/reparameterize/{scenario}.log",
+    benchmark:
+        "logs/benchmark/reparameterize/{scenario}.tsv"
+    threads: THREADS
+    resources:
+        gpu=GPU,
+    params:
+        **step("reparameterize"),
+        folder=REPARAMETERIZE_FOLDER,
+    shell:
+        "{HALFTONE} reparameterize {params.options} --data {input.data} -o {params.folder} &> {log}"
+
+
 rule reconstruct:
     input:
         data=data_of,
+        factors=factors_of,
         model=model_files,
     output:
         RECONSTRUCT,
@@ -34,8 +58,9 @@ rule reconstruct:
         cache_mib=SETTINGS.reconstruction.cache_mib,  # how much is kept in memory changes no result
     params:
         **step("reconstruct"),
+        factors=lambda wildcards, input: each("--factors", input.factors),
     shell:
-        "{HALFTONE} reconstruct {params.options} --data {input.data} --cache-mib {resources.cache_mib}"
+        "{HALFTONE} reconstruct {params.options} --data {input.data} {params.factors} --cache-mib {resources.cache_mib}"
         " --scratch {SCRATCH}/reconstruct/{wildcards.scenario} --shared {UNITS} -o {output} &> {log}"
 
 
@@ -43,6 +68,7 @@ rule reconstruct:
 rule sensitivity:
     input:
         data=data_of,
+        factors=factors_of,
         weights=weights_of,
         prompts=lambda wildcards: prompt_files(
             SETTINGS.scenarios[wildcards.scenario].model, PromptSet.CALIBRATION
@@ -61,18 +87,20 @@ rule sensitivity:
     params:
         **step("sensitivity"),
         folder=SENSITIVITY_FOLDER,
+        factors=lambda wildcards, input: each("--factors", input.factors),
         weights=lambda wildcards, input: (
             f"--weights {input.weights}" if input.weights else ""
         ),
         prompts=lambda wildcards, input: each("--prompts", input.prompts),
     shell:
-        "{HALFTONE} sensitivity {params.options} --data {input.data} {params.weights} {params.prompts}"
+        "{HALFTONE} sensitivity {params.options} --data {input.data} {params.factors} {params.weights} {params.prompts}"
         " --scratch {SCRATCH}/sensitivity/{wildcards.scenario} -o {params.folder} &> {log}"
 
 
 rule calibrate:
     input:
         data=data_of,
+        factors=factors_of,
         weights=weights_of,
         sensitivity=sensitivity_of,
         model=model_files,
@@ -88,12 +116,13 @@ rule calibrate:
         cache_mib=SETTINGS.reconstruction.cache_mib,
     params:
         **step("calibrate"),
+        factors=lambda wildcards, input: each("--factors", input.factors),
         weights=lambda wildcards, input: (
             f"--weights {input.weights}" if input.weights else ""
         ),
         sensitivity=lambda wildcards, input: each("--sensitivity", input.sensitivity),
     shell:
-        "{HALFTONE} calibrate {params.options} --data {input.data} {params.weights} {params.sensitivity}"
+        "{HALFTONE} calibrate {params.options} --data {input.data} {params.factors} {params.weights} {params.sensitivity}"
         " --cache-mib {resources.cache_mib} --scratch {SCRATCH}/calibrate/{wildcards.scenario} -o {output} &> {log}"
 
 

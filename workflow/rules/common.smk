@@ -22,11 +22,15 @@ from halftone.workflow.paths import (
     CALIBRATION_DATA,
     FEATURES,
     GRID,
+    IMBALANCE,
+    IMBALANCE_PLOT,
     MANIFEST,
     METRICS,
     PLAN,
     RANGES,
     RECONSTRUCT,
+    REPARAMETERIZE,
+    REPARAMETERIZE_FOLDER,
     REPORT,
     SCRATCH,
     SENSITIVITY,
@@ -40,6 +44,7 @@ from halftone.workflow.paths import (
     outputs,
     reconstructed,
     relaxed_by_measure,
+    reparameterized,
 )
 from halftone.workflow.paths import Rule as Step
 
@@ -108,6 +113,12 @@ def weights_of(wildcards):
         if reconstructed(SETTINGS, wildcards.scenario)
         else []
     )
+
+
+def factors_of(wildcards):
+    """Factors of the channels, for the rows that reparameterize."""
+    chosen = reparameterized(SETTINGS, wildcards.scenario)
+    return [REPARAMETERIZE.format(**wildcards)] if chosen else []
 
 
 def sensitivity_of(wildcards):

@@ -29,7 +29,12 @@ def certify(
 
     def built(build: Any) -> Built:
         denoiser, context = empty_denoiser(written), CallContext(stored.timesteps, stored.noise_levels)
-        parts = {"weights": stored.weights, "activations": stored.activations, "floats": stored.floats}
+        parts = {
+            "weights": stored.weights,
+            "activations": stored.activations,
+            "floats": stored.floats,
+            "divisors": stored.divisors,
+        }
         build(denoiser, written.plan, **parts, context=context)
         return Built(denoiser, context)
 

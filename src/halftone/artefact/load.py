@@ -100,6 +100,7 @@ def load(
         weights=contents.weights,
         activations=contents.activations,
         floats=contents.floats,
+        divisors=contents.divisors,
         context=context,
         dtype=dtype,
     )

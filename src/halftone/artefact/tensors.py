@@ -7,6 +7,7 @@
 | weight/zero_point | uint8, else int16 or int32 | (output channels of all quantized weights,) |
 | activation/scale | float32 | (parameters of all activation sites,) |
 | activation/zero_point | uint8, else int16 or int32 | (parameters of all activation sites,) |
+| activation/divisor | float16 | (channels of all inputs divided in the quantize step,) |
 | float/NAME | float16, else bfloat16, else float32 | as the parameter or buffer NAME of the denoiser |
 | timesteps, noise_levels | float64 | (calls,) |
 
@@ -14,14 +15,16 @@ Scales and zero points of all sites lie in one table each, in the order of the p
 bytes. An activation site takes one entry per call, one where its parameters are shared over the calls (one
 per call all the same where calls are relaxed), and none where they are dynamic. A split site takes two where
 another takes one: for each output channel, or each call, that of the first half and that of the second.
-A float tensor takes the smallest type that holds each of its values exactly. Which keys there are and how
-long they are follows from the plan and the denoiser's configuration; reading refuses any other set.
+`activation/divisor` is there where the plan names inputs that are divided in the quantize step; the factors
+of other reparameterized layers are folded into weights and float tensors. A float tensor takes the smallest
+type that holds each of its values exactly. Which keys there are and how long they are follows from the plan
+and the denoiser's configuration; reading refuses any other set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +34,13 @@ from torch import Tensor, nn
 from halftone.artefact import strict
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
-from halftone.plan import Plan, SitePlan
+from halftone.plan import Division, Plan, SitePlan
 from halftone.quantizers import halves
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import pack, packed_size, unpack
 
 FILE = "quantized.safetensors"
+DIVISOR = "activation/divisor"
 _WHOLE = (torch.uint8, torch.int16, torch.int32)
 
 
@@ -45,7 +49,8 @@ class Contents:
     """What a quantized denoiser consists of, unpacked.
 
     weights: codes and parameters by module; activations: (scale, zero_point) float32 by site name;
-    floats: every other entry of the denoiser's state dict, float32 where floating point.
+    floats: every other entry of the denoiser's state dict, float32 where floating point. divisors:
+    (channels,) by module, of the inputs that are divided in the quantize step.
     """
 
     weights: dict[str, WeightCodes]
@@ -53,6 +58,7 @@ class Contents:
     floats: dict[str, Tensor]
     timesteps: Tensor
     noise_levels: Tensor
+    divisors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def weight_sites(plan: Plan) -> list[SitePlan]:
@@ -61,6 +67,11 @@ def weight_sites(plan: Plan) -> list[SitePlan]:
 
 def activation_sites(plan: Plan) -> list[SitePlan]:
     return [site for site in plan.quantized if site.kind != "weight"]
+
+
+def divided_sites(plan: Plan) -> list[SitePlan]:
+    """Inputs that the quantize step divides."""
+    return [site for site in plan.quantized if site.division is Division.QUANTIZE_STEP]
 
 
 def save(path: Path, contents: Contents, plan: Plan) -> None:
@@ -80,6 +91,13 @@ def save(path: Path, contents: Contents, plan: Plan) -> None:
     ):
         tensors[f"{group}/scale"] = _table([scale for scale, _ in pairs]).float()
         tensors[f"{group}/zero_point"] = _whole(_table([zero_point for _, zero_point in pairs]), group)
+    if divided := divided_sites(plan):
+        factors = _table([contents.divisors[site.module] for site in divided])
+        tensors[DIVISOR] = factors.half()
+        if not torch.equal(tensors[DIVISOR].float(), factors):
+            raise UserError(
+                f"{DIVISOR}: factors that float16 does not hold; run halftone reparameterize again"
+            )
     for name, value in contents.floats.items():
         tensors[f"{strict.FLOAT}{name}"] = strict.smallest(value)
     tensors["timesteps"] = contents.timesteps.double()
@@ -97,7 +115,8 @@ def load(path: Path, plan: Plan, denoiser: nn.Module) -> Contents:
     positive, everything finite. Raises UserError naming the key.
     """
     expected = expected_tensors(plan, denoiser)
-    tensors = strict.read(path, expected, positive=("weight/scale", "activation/scale"))
+    positive = [key for key in ("weight/scale", "activation/scale", DIVISOR) if key in expected]
+    tensors = strict.read(path, expected, positive=positive)
     return _unpacked(path, plan, denoiser, tensors)
 
 
@@ -128,6 +147,12 @@ def expected_tensors(plan: Plan, denoiser: nn.Module) -> strict.Expected:
         entries = sum(site.parameters for site in sites)
         expected[f"{group}/scale"] = (torch.float32,), (entries,)
         expected[f"{group}/zero_point"] = _WHOLE, (entries,)
+    if divided := divided_sites(plan):
+        for site in divided:
+            if state.get(f"{site.module}.weight") is None:
+                raise UserError(f"plan: {site.name[:200]} is divided, but the denoiser has no such layer")
+        channels = sum(state[f"{site.module}.weight"].shape[1] for site in divided)
+        expected[DIVISOR] = (torch.float16,), (channels,)
     for name, value in state.items():
         if name not in quantized:
             expected[f"{strict.FLOAT}{name}"] = strict.types_of(value), tuple(value.shape)
@@ -161,7 +186,11 @@ def _unpacked(path: Path, plan: Plan, denoiser: nn.Module, tensors: Mapping[str,
         for name, value in tensors.items()
         if name.startswith(strict.FLOAT)
     }
-    return Contents(weights, activations, floats, tensors["timesteps"], tensors["noise_levels"])
+    divided = divided_sites(plan)
+    sizes = [shapes[f"{site.module}.weight"][1] for site in divided]
+    factors = tensors[DIVISOR].float().split(sizes) if divided else ()
+    divisors = {site.module: factor for site, factor in zip(divided, factors, strict=True)}
+    return Contents(weights, activations, floats, tensors["timesteps"], tensors["noise_levels"], divisors)
 
 
 def _split(

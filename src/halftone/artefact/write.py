@@ -18,9 +18,11 @@ from halftone.components import INDEX, SAFETY, quiet, small_json, weight_files, 
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.files import sha256, write_json, writing
+from halftone.folding import divisors, reparameterized, reparameterized_layers
 from halftone.passes.state import CalibrationState
 from halftone.plan import Plan
 from halftone.provenance import Provenance, code_commit
+from halftone.runtime import simulated
 from halftone.settings import Components
 from halftone.source import Source
 from halftone.trajectory import Trajectory
@@ -99,15 +101,28 @@ def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Modu
                 raise UserError(f"{path}: {problem} {what} {min(names)}; run halftone analyze again")
     if state.relaxed_calls != plan.relaxed_calls:
         raise UserError(f"{path}: relaxes other calls than the plan; run halftone analyze again")
-    floats = {
-        name: value.detach().cpu()
-        for name, value in denoiser.state_dict().items()
-        if not (name.endswith(".weight") and name.removesuffix(".weight") in state.weights)
-    }
+    divided = reparameterized_layers(
+        denoiser, [simulated.site_of(site, denoiser) for site in plan.sites], plan.axes
+    )
+    if {name for one in divided for name in one.layers} != set(state.factors):
+        raise UserError(f"{path}: reparameterizes other layers than the plan; run halftone calibrate again")
+    with reparameterized(denoiser, divided, state.factors):
+        floats = {
+            name: value.detach().cpu()
+            for name, value in denoiser.state_dict().items()
+            if not (name.endswith(".weight") and name.removesuffix(".weight") in state.weights)
+        }
     activations = {
         site: (parameters.scale, parameters.zero_point) for site, parameters in state.activations.items()
     }
-    return tensors.Contents(state.weights, activations, floats, state.timesteps, state.noise_levels)
+    return tensors.Contents(
+        state.weights,
+        activations,
+        floats,
+        state.timesteps,
+        state.noise_levels,
+        divisors(divided, state.factors),
+    )
 
 
 def _check_same_model(path: Path, provenance: Provenance, plan: Plan, source: Source) -> None:

@@ -27,6 +27,7 @@ from halftone.cli import (
     propagation,
     proxy,
     reconstruct,
+    reparameterize,
     report,
     sample,
     sensitivity,
@@ -103,6 +104,7 @@ VERBS: dict[str, dict[str, Verb]] = {
     STEPS: {
         "fetch-prompts": fetch_prompts.verb,
         "calibration-data": calibration_data.verb,
+        "reparameterize": reparameterize.verb,
         "reconstruct": reconstruct.verb,
         "sensitivity": sensitivity.verb,
         "calibrate": calibrate.verb,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halftone import tracking
+from halftone.cli import factors as factor_files
 from halftone.cli import options
 from halftone.errors import UserError
 from halftone.recipes import Axes, Rounding
@@ -27,6 +28,7 @@ def verb(
     recipe: options.Recipe,
     bits: options.BitsOption,
     output: options.Output,
+    factors: factor_files.Given = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="Of reconstruct, for a recipe that learns its rounding.", show_default=False),
@@ -54,6 +56,7 @@ def verb(
     started = time.time()
     options.model(model, revision)
     resolved, width = options.axes(recipe, axes), options.bits(bits)
+    factor_files.check(factors, recipe, resolved)
     check_weights(weights, recipe, resolved)
     auto = resolved.relaxing == Interval.AUTO
     if auto and sensitivity is None:
@@ -89,6 +92,7 @@ def verb(
         trajectory,
         known,
         choice,
+        factors=factor_files.read(factors, chosen),
         weights=codes,
         batch_size=batch_size,
         how=Reconstruction(budget=budget, batch_size=unit_batch_size, cache_mib=cache_mib),

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from halftone import tracking
+from halftone.cli import factors as factor_files
 from halftone.cli import options
 from halftone.errors import UserError
 from halftone.recipes import Rounding
@@ -22,6 +23,7 @@ def verb(
     recipe: options.Recipe,
     bits: options.BitsOption,
     output: options.Output,
+    factors: factor_files.Given = None,
     revision: options.Revision = None,
     axes: options.AxesOption = None,
     protocol: options.ProtocolOption = Protocol.EQUAL,
@@ -50,6 +52,7 @@ def verb(
         raise UserError(
             f"recipe {recipe} rounds weights to nearest: nothing to reconstruct; go on with calibrate"
         )
+    factor_files.check(factors, recipe, resolved)
     options.existing(data, "calibration-data")
 
     from halftone.source import load_source
@@ -62,8 +65,19 @@ def verb(
     how = Reconstruction(budget=budget, batch_size=batch_size, cache_mib=cache_mib)
     work = options.scratch(scratch, output)
     source = load_source(model, revision)
-    found = reconstruct(source, trajectory, known, choice, how=how, seed=seed, checkpoint=work, shared=shared)
-    found.save(output, choice.describe(known).to_metadata())
+    chosen = choice.describe(known)
+    found = reconstruct(
+        source,
+        trajectory,
+        known,
+        choice,
+        factors=factor_files.read(factors, chosen),
+        how=how,
+        seed=seed,
+        checkpoint=work,
+        shared=shared,
+    )
+    found.save(output, chosen.to_metadata())
     shutil.rmtree(work, ignore_errors=True)
     gains = [unit.ratio for unit in found.units if unit.ratio != float("inf")]
     tracking.log(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from halftone import tracking
+from halftone.cli import factors as factor_files
 from halftone.cli import options
 from halftone.cli.calibrate import check_weights, codes_of
 from halftone.errors import UserError
@@ -23,6 +24,7 @@ def verb(
     recipe: options.Recipe,
     bits: options.BitsOption,
     output: options.Output,
+    factors: factor_files.Given = None,
     weights: Annotated[
         Path | None,
         typer.Option(help="Of reconstruct, for a recipe that learns its rounding.", show_default=False),
@@ -57,6 +59,7 @@ def verb(
     resolved, width = options.axes(recipe, axes), options.bits(bits)
     if resolved.relaxing != Interval.AUTO:
         raise UserError(f"recipe {recipe}: relaxing is not auto, so there is nothing to choose; set the axis")
+    factor_files.check(factors, recipe, resolved)
     check_weights(weights, recipe, resolved)
     options.existing(data, "calibration-data")
     texts = None if prompts is None else options.prompts(prompts, None)
@@ -81,6 +84,7 @@ def verb(
         trajectory,
         known,
         choice,
+        factors=factor_files.read(factors, choice.describe(known)),
         weights=codes_of(weights, choice.describe(known)),
         batch_size=batch_size,
         how=Reconstruction(budget=budget, batch_size=unit_batch_size),

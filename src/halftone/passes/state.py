@@ -4,7 +4,7 @@ call."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,8 @@ ActivationParameters = dict[str, SiteParameters]
 class CalibrationState:
     """Everything that a recipe decided for a denoiser. timesteps, noise_levels: (n_calls,), of the
     calibrated calls. relaxed_calls: indices of those whose activations have the recipe's relaxed width.
-    denoiser_calls: that finding the activation parameters took, each on one batch."""
+    denoiser_calls: that finding the activation parameters took, each on one batch. factors: (input channels,)
+    by module, of a recipe that reparameterizes; weights and parameters are then of that denoiser."""
 
     weights: dict[str, WeightCodes]
     activations: ActivationParameters
@@ -47,6 +48,7 @@ class CalibrationState:
     noise_levels: Tensor
     relaxed_calls: tuple[int, ...] = ()
     denoiser_calls: int = 0
+    factors: dict[str, Tensor] = field(default_factory=dict)
 
     def apply(self, denoiser: nn.Module, quantizers: Mapping[str, SiteQuantizer], bits: Bits) -> None:
         """Put weights and parameters into a wrapped denoiser; modes stay as they are."""
@@ -56,7 +58,7 @@ class CalibrationState:
     def save(self, path: Path | str, provenance: Provenance) -> None:
         """One safetensors file: `weight/{module}/codes|scale|zero_point`,
         `activation/{site}/scale|zero_point|lo|hi`, `timesteps`, `noise_levels`, `relaxed_calls`,
-        `denoiser_calls`. Its bytes depend on the values alone."""
+        `denoiser_calls`, `factor/{module}/value`. Its bytes depend on the values alone."""
         tensors = {
             "timesteps": self.timesteps,
             "noise_levels": self.noise_levels,
@@ -67,6 +69,7 @@ class CalibrationState:
             tensors |= {f"weight/{module}/{part}": value for part, value in weight._asdict().items()}
         for site, parameters in self.activations.items():
             tensors |= {f"activation/{site}/{part}": value for part, value in parameters._asdict().items()}
+        tensors |= {f"factor/{module}/value": value.clone() for module, value in self.factors.items()}
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         with writing(path) as temporary:
             save_file(plain, temporary, metadata=provenance.to_metadata())
@@ -74,7 +77,7 @@ class CalibrationState:
     @classmethod
     def load(cls, path: Path | str) -> tuple[CalibrationState, Provenance]:
         """Raises UserError where the file is missing, damaged or no calibration."""
-        parts: dict[str, dict[str, dict[str, Tensor]]] = {"weight": {}, "activation": {}}
+        parts: dict[str, dict[str, dict[str, Tensor]]] = {"weight": {}, "activation": {}, "factor": {}}
         alone: dict[str, Tensor] = {}
         try:
             with safe_open(path, framework="pt") as stored:
@@ -93,6 +96,7 @@ class CalibrationState:
                 alone["noise_levels"],
                 tuple(alone["relaxed_calls"].tolist()),
                 int(alone["denoiser_calls"]),
+                {name: values["value"] for name, values in parts["factor"].items()},
             ), provenance
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run halftone calibrate first") from None

@@ -22,8 +22,9 @@ from halftone.provenance import Provenance
 from halftone.proxy.finding import Finding, Test, median, rounded
 from halftone.site_quantizer import Mode, set_mode
 from halftone.source import Source
-from halftone.steps.calibrate import calibrate, restored
+from halftone.steps.calibrate import calibrate
 from halftone.steps.choice import choose
+from halftone.steps.wrapped import restored
 from halftone.trajectory import Trajectory, denoiser_inputs, record
 
 PROMPTS = 16

@@ -16,7 +16,7 @@ from halftone.progress import Progress
 from halftone.proxy.watch import ActivationWatch, Place, ProbabilityWatch
 from halftone.quantizers.bits import Bits
 from halftone.site_quantizer import Mode, set_mode
-from halftone.steps.calibrate import restored
+from halftone.steps.wrapped import restored
 from halftone.trajectory import Trajectory, denoiser_inputs
 
 _NONE = Bits(8, 8, 8)  # nothing is quantized here; the sites want a width

@@ -33,6 +33,7 @@ def build(
     activations: Mapping[str, tuple[Tensor, Tensor]],
     floats: Mapping[str, Tensor],
     context: CallContext,
+    divisors: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     decisions: Mapping[str, Decision] | None = None,
 ) -> dict[str, Decision]:
@@ -54,6 +55,7 @@ def build(
         activations=activations,
         floats={**floats, **codes},
         context=context,
+        divisors=divisors,
         dtype=dtype,
     )
     for name, quantizer in quantizers.items():

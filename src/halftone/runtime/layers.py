@@ -65,7 +65,7 @@ class IntegerLayer(nn.Module):
 
     def encoded(self, x: Tensor) -> list[tuple[Tensor, Affine]]:
         """Codes of the input, and what they stand for, for each half."""
-        halves = zip(self.halves(x), self.affines.now(), strict=True)
+        halves = zip(self.halves(self.input.divided(x)), self.affines.now(), strict=True)
         return [(encode(part, affine, self.input.site.name), affine) for part, affine in halves]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class IntegerLayer(nn.Module):
         return total.to(x.dtype)
 
     def halves(self, x: Tensor) -> list[Tensor]:
-        """An input as the parts that have parameters of their own."""
+        """A tensor like the input as the parts that have parameters of their own."""
         return cut(x, self.split, -1 if self.geometry is None else 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:

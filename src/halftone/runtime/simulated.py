@@ -25,7 +25,7 @@ from halftone.quantizers.bits import Bits
 from halftone.recipes import TimeAxis
 from halftone.runtime.operands import geometry_of, wide
 from halftone.runtime.whole import WholeAttnProcessor, WholeLayer
-from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
+from halftone.site_quantizer import Mode, SiteQuantizer, set_divisors, set_mode
 
 _MODULE_TYPES = ("Linear", "Conv2d", "Attention")
 
@@ -38,12 +38,14 @@ def build(
     activations: Mapping[str, tuple[Tensor, Tensor]],
     floats: Mapping[str, Tensor],
     context: CallContext,
+    divisors: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, SiteQuantizer]:
     """Make a denoiser without weights (on the meta device) the quantized one of `plan`, in place.
 
     weights: codes by module; activations: (scale, zero_point) by site; floats: the rest of the state dict.
-    Together they must be the whole state. The quantizers follow `context`, which is not attached here.
+    Together they must be the whole state. divisors: factors by module, of the inputs that are divided in the
+    quantize step. The quantizers follow `context`, which is not attached here.
     Raises UserError where plan and denoiser do not fit.
     """
     bits = Bits.parse(plan.bits)
@@ -62,6 +64,7 @@ def build(
     for name, quantizer in quantizers.items():
         if not quantizer.dynamic:
             quantizer.set_parameters(*activations[name])
+    set_divisors(quantizers, divisors or {})
     set_mode(quantizers, Mode.QUANTIZE)
     if wide(dtype) == dtype:
         multiply_whole_numbers(denoiser, weights)

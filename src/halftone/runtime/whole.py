@@ -88,8 +88,10 @@ class WholeLayer(QuantizedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not _plain(x, self.input):
             return self._dequantized(x)
+        assert self.input is not None
         dtype = wide(x.dtype)
         along = spread(self.geometry)
+        x = self.input.divided(x)
         weight, bias = self.layer.weight.to(dtype), self.layer.bias
         total: Tensor | None = None
         parts = cut(x, self.split, -1 if self.geometry is None else 1), cut(weight, self.split, 1)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from diffusers.models.attention_processor import Attention
-from torch import nn
+from torch import Tensor
 
 from halftone import device
 from halftone.calls import CallContext
-from halftone.denoiser import denoiser_of, is_layer, sites
+from halftone.denoiser import denoiser_of, sites
 from halftone.errors import UserError
-from halftone.layers import WeightCodes, quantized_layers, set_weights, wrap
+from halftone.layers import WeightCodes, quantized_layers, set_weights
 from halftone.passes import calibrate as reference
 from halftone.passes import progressive
 from halftone.passes.checkpoint import seed_of
@@ -24,7 +22,6 @@ from halftone.passes.rollout import Runs, runs_of
 from halftone.passes.state import CalibrationState
 from halftone.passes.step_size import learn_step_sizes
 from halftone.passes.weights import quantize_weights
-from halftone.probability_quantizer import Form
 from halftone.provenance import Provenance
 from halftone.recipes import CalibrationInputs, StepSize, TimeAxis
 from halftone.relaxing import Interval, Relaxation, relaxed_calls
@@ -32,6 +29,7 @@ from halftone.settings import Reconstruction
 from halftone.source import Source
 from halftone.start_token import kept_apart, tokenizers_of
 from halftone.steps.choice import Choice, check_same_model
+from halftone.steps.wrapped import wrapped
 from halftone.trajectory import Trajectory
 
 
@@ -41,13 +39,15 @@ def calibrate(
     known: Provenance,
     choice: Choice,
     *,
+    factors: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, WeightCodes] | None = None,
     batch_size: int = 16,
     how: Reconstruction | None = None,
     work: Path | None = None,
     relaxed: tuple[int, ...] | None = None,
 ) -> CalibrationState:
-    """Weight codes and activation parameters. `weights`: reconstructed ones, for a recipe that learns its
+    """Weight codes and activation parameters. `factors`: of the step `reparameterize`, for a recipe that has
+    it. `weights`: reconstructed ones, for a recipe that learns its
     rounding. `how`: of step-size learning, for a recipe that learns its scales. `relaxed`: the calls that
     the step `sensitivity` chose, for a recipe that leaves that to it.
 
@@ -68,26 +68,16 @@ def calibrate(
     denoiser = denoiser_of(source.pipeline).to(device.best())
     apart = kept_apart(choice.axes, partial(tokenizers_of, source.pipeline))
     found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, apart)
-    if weights is None:
-        weights = quantize_weights(denoiser, found, choice.axes, choice.bits.weight)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     per_call = choice.axes.time_axis is TimeAxis.PER_CALL
     slots = trajectory.n_calls if per_call else 1
     if relaxed is None:
         relaxed = relaxed_calls(choice.axes.relaxing, trajectory.n_calls)
     relaxation = Relaxation(relaxed, choice.axes.relaxed_bits) if relaxed else None
-    with restored(denoiser):
-        dynamic = choice.axes.time_axis is TimeAxis.DYNAMIC
-        quantizers = wrap(
-            denoiser,
-            found,
-            choice.bits,
-            slots,
-            context,
-            dynamic,
-            relaxation if per_call else None,
-            Form.of(choice.axes),
-        )
+    within = relaxation if per_call else None
+    with wrapped(denoiser, found, choice, context, slots, factors=factors, relaxation=within) as quantizers:
+        if weights is None:
+            weights = quantize_weights(denoiser, found, choice.axes, choice.bits.weight)
         # both in memory only where the full-precision outputs are needed once more
         learned = choice.axes.step_size is StepSize.LEARNED
         set_weights(denoiser, weights, choice.bits.weight, keep_full_precision=learned)
@@ -142,22 +132,11 @@ def calibrate(
         if relaxation is not None and not per_call:
             activations = relax_shared(activations, quantizers, relaxation, trajectory.n_calls)
     return CalibrationState(
-        dict(weights), activations, trajectory.timesteps, trajectory.noise_levels, relaxed, made
+        dict(weights),
+        activations,
+        trajectory.timesteps,
+        trajectory.noise_levels,
+        relaxed,
+        made,
+        dict(factors or {}),
     )
-
-
-@contextlib.contextmanager
-def restored(denoiser: nn.Module) -> Iterator[None]:
-    """Put layers, their weights and the attention processors back at the end, as they were before."""
-    modules = dict(denoiser.named_modules())
-    layers = [(name, module, module.weight) for name, module in modules.items() if is_layer(module)]
-    processors = [(m, m.processor) for m in modules.values() if isinstance(m, Attention)]
-    try:
-        yield
-    finally:
-        for name, layer, weight in layers:
-            parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, layer)
-            layer.weight = weight
-        for module, processor in processors:
-            module.set_processor(processor)

@@ -9,7 +9,7 @@ from typing import Any
 from halftone.errors import UserError
 from halftone.provenance import Provenance
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Rounding
+from halftone.recipes import Axes, Reparameterization, Rounding
 from halftone.recipes import resolve as resolve_axes
 from halftone.settings import Protocol
 from halftone.source import Source
@@ -27,6 +27,10 @@ class Choice:
     @property
     def learns_rounding(self) -> bool:
         return self.axes.rounding is not Rounding.NEAREST
+
+    @property
+    def reparameterizes(self) -> bool:
+        return self.axes.reparameterization is not Reparameterization.NONE
 
     def describe(self, known: Provenance) -> Provenance:
         """`known`, with this choice added."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from halftone import device
+from halftone.calls import CallContext
 from halftone.denoiser import SiteKind, denoiser_of, sites
 from halftone.passes.reconstruct import reconstruct as learn
 from halftone.passes.reconstructed import Reconstructed
@@ -12,6 +18,7 @@ from halftone.provenance import Provenance
 from halftone.settings import Reconstruction
 from halftone.source import Source
 from halftone.steps.choice import Choice, check_same_model
+from halftone.steps.wrapped import wrapped
 from halftone.trajectory import Trajectory
 
 
@@ -21,12 +28,14 @@ def reconstruct(
     known: Provenance,
     choice: Choice,
     *,
+    factors: Mapping[str, Tensor] | None = None,
     how: Reconstruction | None = None,
     seed: int = 0,
     checkpoint: Path,
     shared: Path | None = None,
 ) -> Reconstructed:
-    """Weight codes by block reconstruction. `checkpoint`: a folder in which an interrupted run can go on;
+    """Weight codes by block reconstruction. `factors`: of `reparameterize`, for a recipe that has it.
+    `checkpoint`: a folder in which an interrupted run can go on;
     `shared`: one in which finished units stay for other rows whose weights are learned alike."""
     check_same_model(source, known)
     denoiser = denoiser_of(source.pipeline).to(device.best())
@@ -35,6 +44,10 @@ def reconstruct(
     splits = {site.module: site.split for site in weights if site.split is not None}
     modules = [site.module for site in weights]
     how = how or Reconstruction()
-    return learn(
-        denoiser, trajectory, choice.axes, choice.bits, how, seed, checkpoint, modules, splits, shared
-    )
+    place: AbstractContextManager[Any] = nullcontext()
+    if choice.reparameterizes or factors:  # dividing is the quantizers' work, which are off meanwhile
+        place = wrapped(denoiser, found, choice, CallContext(), 1, factors=factors)
+    with place:
+        return learn(
+            denoiser, trajectory, choice.axes, choice.bits, how, seed, checkpoint, modules, splits, shared
+        )

@@ -23,11 +23,10 @@ from halftone import device
 from halftone.calls import CallContext
 from halftone.denoiser import denoiser_of, sites
 from halftone.errors import UserError
-from halftone.layers import WeightCodes, quantized_layers, set_weights, wrap
+from halftone.layers import WeightCodes, quantized_layers, set_weights
 from halftone.passes.checkpoint import seed_of
 from halftone.passes.rollout import Inputs, Outputs, Rollout, Runs, roll, runs_of, teacher_forced
 from halftone.passes.state import set_parameters
-from halftone.probability_quantizer import Form
 from halftone.progress import Progress
 from halftone.provenance import Provenance
 from halftone.recipes import TimeAxis
@@ -37,8 +36,9 @@ from halftone.settings import Reconstruction
 from halftone.site_quantizer import Mode, set_mode
 from halftone.source import Source
 from halftone.start_token import kept_apart, tokenizers_of
-from halftone.steps.calibrate import calibrate, restored
+from halftone.steps.calibrate import calibrate
 from halftone.steps.choice import Choice
+from halftone.steps.wrapped import wrapped
 from halftone.trajectory import Trajectory
 
 _DIGITS = 6
@@ -58,6 +58,7 @@ def sensitivity(
     known: Provenance,
     choice: Choice,
     *,
+    factors: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, WeightCodes] | None = None,
     batch_size: int = 16,
     how: Reconstruction | None = None,
@@ -76,7 +77,15 @@ def sensitivity(
         raise UserError(f"relaxed_bits {relaxed}: activations have {base} already; ask for more, or fewer")
     plain = replace(choice, axes=choice.axes.model_copy(update={"relaxing": Interval.NONE}))
     state = calibrate(
-        source, trajectory, known, plain, weights=weights, batch_size=batch_size, how=how, work=work
+        source,
+        trajectory,
+        known,
+        plain,
+        factors=factors,
+        weights=weights,
+        batch_size=batch_size,
+        how=how,
+        work=work,
     )
     pipeline = source.pipeline.to(device.best())
     denoiser = denoiser_of(pipeline)
@@ -86,8 +95,7 @@ def sensitivity(
     slots = trajectory.n_calls if plain.axes.time_axis is TimeAxis.PER_CALL else 1
     runs = runs_of(pipeline, trajectory, known, batch_size, images=clip is not None)
     parts = windows(trajectory.n_calls, n_windows)
-    with restored(denoiser):
-        quantizers = wrap(denoiser, found, plain.bits, slots, context, probabilities=Form.of(plain.axes))
+    with wrapped(denoiser, found, plain, context, slots, factors=factors) as quantizers:
         set_weights(denoiser, state.weights, plain.bits.weight, keep_full_precision=True)
         set_parameters(quantizers, state.activations)
         layers = list(quantized_layers(denoiser).values())

@@ -48,6 +48,12 @@ def _calibration_data(settings: Settings, key: str) -> list[str]:
     return [*_source(model), *_sampler(model), *flags]
 
 
+def _reparameterize(settings: Settings, key: str) -> list[str]:
+    row = settings.scenarios[key]
+    flags = _flags(batch_size=settings.calibration.batch_size, name=key)
+    return [*_source(settings.models[row.model]), *_recipe(row), *flags]
+
+
 def _reconstruct(settings: Settings, key: str) -> list[str]:
     row, how = settings.scenarios[key], settings.reconstruction
     flags = _flags(budget=how.budget, batch_size=how.batch_size, seed=settings.seed, name=key)
@@ -110,6 +116,7 @@ def _metrics(settings: Settings, key: str) -> list[str]:
 
 _MAKERS = {
     Rule.CALIBRATION_DATA: _calibration_data,
+    Rule.REPARAMETERIZE: _reparameterize,
     Rule.RECONSTRUCT: _reconstruct,
     Rule.SENSITIVITY: _sensitivity,
     Rule.CALIBRATE: _calibrate,

@@ -18,6 +18,10 @@ SCRATCH = Path("scratch")
 UNITS = SCRATCH / "units"
 
 CALIBRATION_DATA = "results/calibration_data/{model}.safetensors"
+REPARAMETERIZE_FOLDER = "results/reparameterize/{scenario}"
+REPARAMETERIZE = "results/reparameterize/{scenario}/factors.safetensors"
+IMBALANCE = "results/reparameterize/{scenario}/imbalance.json"
+IMBALANCE_PLOT = "results/reparameterize/{scenario}/imbalance.svg"
 RECONSTRUCT = "results/reconstruct/{scenario}/weights.safetensors"
 SENSITIVITY_FOLDER = "results/sensitivity/{scenario}"
 SENSITIVITY = "results/sensitivity/{scenario}/sensitivity.json"
@@ -41,6 +45,7 @@ class Rule(StrEnum):
     """The rules, in the order of the pipeline."""
 
     CALIBRATION_DATA = "calibration_data"
+    REPARAMETERIZE = "reparameterize"
     RECONSTRUCT = "reconstruct"
     SENSITIVITY = "sensitivity"
     CALIBRATE = "calibrate"
@@ -62,6 +67,7 @@ class Rule(StrEnum):
 
 _OUTPUTS = {
     Rule.CALIBRATION_DATA: (CALIBRATION_DATA,),
+    Rule.REPARAMETERIZE: (REPARAMETERIZE, IMBALANCE, IMBALANCE_PLOT),
     Rule.RECONSTRUCT: (RECONSTRUCT,),
     Rule.SENSITIVITY: (SENSITIVITY, SENSITIVITY_PLOT),
     Rule.CALIBRATE: (CALIBRATE,),
@@ -85,6 +91,8 @@ def applies(settings: Settings, rule: Rule, scenario: str) -> bool:
     row = settings.scenarios[scenario]
     if not row.quantized:
         return rule in (Rule.SAMPLE, Rule.METRICS)
+    if rule is Rule.REPARAMETERIZE:
+        return reparameterized(settings, scenario)
     if rule is Rule.SENSITIVITY:
         return relaxed_by_measure(settings, scenario)
     return rule is not Rule.RECONSTRUCT or reconstructed(settings, scenario)
@@ -96,6 +104,14 @@ def reconstructed(settings: Settings, scenario: str) -> bool:
 
     row = settings.scenarios[scenario]
     return row.quantized and row.resolved_axes().rounding is not Rounding.NEAREST
+
+
+def reparameterized(settings: Settings, scenario: str) -> bool:
+    """Whether range is moved from the scenario's activations to its weights."""
+    from halftone.recipes import Reparameterization
+
+    row = settings.scenarios[scenario]
+    return row.quantized and row.resolved_axes().reparameterization is not Reparameterization.NONE
 
 
 def relaxed_by_measure(settings: Settings, scenario: str) -> bool:

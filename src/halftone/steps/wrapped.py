@@ -1,0 +1,69 @@
+"""A denoiser with quantizers at its sites for a while, reparameterized where the recipe asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from halftone.calls import CallContext
+from halftone.denoiser import Site, is_layer
+from halftone.errors import UserError
+from halftone.folding import divisors, reparameterized, reparameterized_layers
+from halftone.layers import wrap
+from halftone.probability_quantizer import Form
+from halftone.recipes import TimeAxis
+from halftone.relaxing import Relaxation
+from halftone.site_quantizer import SiteQuantizer, set_divisors
+from halftone.steps.choice import Choice
+
+
+@contextlib.contextmanager
+def wrapped(
+    denoiser: nn.Module,
+    sites: Sequence[Site],
+    choice: Choice,
+    context: CallContext,
+    slots: int,
+    *,
+    factors: Mapping[str, Tensor] | None = None,
+    relaxation: Relaxation | None = None,
+) -> Iterator[dict[str, SiteQuantizer]]:
+    """Quantizers by site name, all off; the denoiser then computes what it did, and is itself again at the
+    end.
+
+    slots: of parameters. factors: of the step `reparameterize`, for a recipe that has it. Raises UserError
+    for factors of other layers than the recipe's.
+    """
+    factors = factors or {}
+    shared = reparameterized_layers(denoiser, sites, choice.axes)
+    if {name for one in shared for name in one.layers} != set(factors):
+        raise UserError(
+            f"recipe {choice.recipe}: the factors are not those of the layers that it reparameterizes; "
+            "run reparameterize, or set the axis"
+        )
+    dynamic = choice.axes.time_axis is TimeAxis.DYNAMIC
+    with reparameterized(denoiser, shared, factors), restored(denoiser):
+        form = Form.of(choice.axes)
+        quantizers = wrap(denoiser, sites, choice.bits, slots, context, dynamic, relaxation, form)
+        set_divisors(quantizers, divisors(shared, factors))
+        yield quantizers
+
+
+@contextlib.contextmanager
+def restored(denoiser: nn.Module) -> Iterator[None]:
+    """Put layers, their weights and the attention processors back at the end, as they were before."""
+    modules = dict(denoiser.named_modules())
+    layers = [(name, module, module.weight) for name, module in modules.items() if is_layer(module)]
+    processors = [(m, m.processor) for m in modules.values() if isinstance(m, Attention)]
+    try:
+        yield
+    finally:
+        for name, layer, weight in layers:
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, layer)
+            layer.weight = weight
+        for module, processor in processors:
+            module.set_processor(processor)
