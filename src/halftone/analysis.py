@@ -23,7 +23,7 @@ from halftone.planner import make_plan
 from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes
 from halftone.relaxing import relaxed_calls
-from halftone.report.plots import SiteRange, ranges_svg
+from halftone.report.plots import SiteCodes, SiteRange, ranges_svg
 from halftone.settings import Protocol
 from halftone.skeleton import Skeleton, read_skeleton
 from halftone.start_token import kept_apart
@@ -54,7 +54,8 @@ def analyze(calibration: Path | str, output: Path | str, *, name: str = "") -> P
     output = Path(output)
     plan.save(output / PLAN)
     write_json(output / STATISTICS, statistics(found, plan))
-    write_text(output / RANGES, ranges_svg(site_ranges(found, plan), name or f"{plan.recipe} {plan.bits}"))
+    ranges, title = site_ranges(found, plan), name or f"{plan.recipe} {plan.bits}"
+    write_text(output / RANGES, ranges_svg(ranges, title, site_codes(found, plan)))
     return plan
 
 
@@ -96,6 +97,7 @@ def statistics(found: CalibrationState, plan: Plan) -> dict[str, Any]:
     """Ranges and drift of every activation site, spread of every weight; plain values, for JSON.
 
     drift: largest over smallest range of a site over the calls, null with one call or where a range is zero.
+    log2_calls: of attention probabilities whose codes were chosen, the calls with log2 codes.
     spread: largest over median range of a weight's output channels, null where the median is zero.
     """
     activations: list[dict[str, Any]] = []
@@ -110,6 +112,7 @@ def statistics(found: CalibrationState, plan: Plan) -> dict[str, Any]:
                     "hi": _rounded(hi),
                     "range": _rounded(hi - lo),
                     "drift": _drift(hi - lo),
+                    **_log2_calls(found.activations[site.name]),
                 }
             )
     weights: list[dict[str, Any]] = []
@@ -146,6 +149,19 @@ def site_ranges(found: CalibrationState, plan: Plan) -> list[SiteRange]:
             lo, hi = _extremes(found.activations[site.name])
             ranges.append(SiteRange(site.name, tuple(_rounded(hi - lo)), _drift(hi - lo)))
     return ranges
+
+
+def site_codes(found: CalibrationState, plan: Plan) -> list[SiteCodes]:
+    """Of probabilities that take uniform or log2 codes, in the order of the denoiser."""
+    chosen = [
+        (site.name, found.activations[site.name].log2) for site in plan.quantized if site.elements is None
+    ]
+    return [SiteCodes(name, tuple(log2.tolist())) for name, log2 in chosen if log2 is not None]
+
+
+def _log2_calls(parameters: SiteParameters) -> dict[str, list[int]]:
+    """Calls with log2 codes; nothing of a site without a choice."""
+    return {} if parameters.log2 is None else {"log2_calls": parameters.log2.nonzero().flatten().tolist()}
 
 
 def _check_fit(path: Path | str, found: CalibrationState, plan: Plan, model: str) -> None:

@@ -48,6 +48,7 @@ class Quantizer(StrEnum):
     AFFINE = "affine"
     NON_NEGATIVE = "affine, zero point 0"
     LOG2 = "log2"
+    ADAPTIVE = "affine or log2"
 
 
 class Division(StrEnum):
@@ -322,8 +323,11 @@ def parameter_slots(axes: Axes, calls: int, relaxation: Relaxation | None) -> in
 
 def probabilities_of(axes: Axes) -> tuple[Quantizer, Granularity, TimeAxis]:
     """How the axes treat attention probabilities."""
-    log2 = axes.probabilities is Probabilities.LOG2
-    quantizer = Quantizer.LOG2 if log2 else Quantizer.NON_NEGATIVE
+    quantizer = {
+        Probabilities.UNIFORM: Quantizer.NON_NEGATIVE,
+        Probabilities.LOG2: Quantizer.LOG2,
+        Probabilities.ADAPTIVE: Quantizer.ADAPTIVE,
+    }[axes.probabilities]
     if axes.probabilities_scale is ProbabilitiesScale.DYNAMIC:
         return quantizer, Granularity(f"per {axes.probabilities_scope}"), TimeAxis.DYNAMIC
     dynamic = axes.time_axis is TimeAxis.DYNAMIC

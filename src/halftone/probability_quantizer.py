@@ -58,15 +58,34 @@ class ProbabilityQuantizer(SiteQuantizer):
         dynamic = form.scope is not None
         super().__init__(site, bits, n_calls, context, dynamic=dynamic, relaxation=relaxation)
         self.form, self.heads = form, heads
+        self.chosen: list[bool] | None = None
+        """Whether codes are octaves, by call; None where no choice was made."""
 
     @property
     def log2(self) -> bool:
-        """Whether the present call's codes are octaves."""
-        return self.form.codes is Probabilities.LOG2
+        """Whether the present call's codes are octaves. Raises RuntimeError where that is not yet chosen."""
+        if self.form.codes is not Probabilities.ADAPTIVE:
+            return self.form.codes is Probabilities.LOG2
+        if self.chosen is None:
+            raise RuntimeError(f"{self.site.name}: asked to quantize, but its codes are not chosen")
+        return self.chosen[self.context.slot]
+
+    def choose(self, log2: Tensor) -> None:
+        """Octaves or even steps at every call, bool (calls,). Raises ValueError for another number of
+        calls."""
+        if len(log2) != len(self.widths):
+            raise ValueError(f"{self.site.name}: {len(log2)} choices for {len(self.widths)} calls")
+        self.chosen = log2.bool().tolist()
+
+    def candidates(self, x: Tensor, call: int) -> tuple[AffineParams, Log2Params]:
+        """Both kinds for this tensor at a call, with the largest value at hand for a scale: of what a dynamic
+        one is of, else of the tensor (our choice: a stored scale is not known before all is seen)."""
+        largest, bits = self._largest(x, self.form.scope or Scope.TENSOR), self.width(call)
+        return fit_non_negative(largest, bits), fit_log2(largest, bits)
 
     @property
     def learnable(self) -> bool:
-        return not self.dynamic and self.form.codes is Probabilities.UNIFORM
+        return not self.dynamic and self.form.codes is not Probabilities.LOG2
 
     def quantized(self, x: Tensor) -> Tensor:
         params = self.at_hand(x)
@@ -104,7 +123,8 @@ class ProbabilityQuantizer(SiteQuantizer):
         return rows.reshape(-1, 1, 1)
 
     def fitted(self, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        if not self.log2:
+        """As of every quantizer; before a choice is made, those of even steps."""
+        if self.form.codes is not Probabilities.LOG2:
             return super().fitted(lo, hi, bits)
         scale = fit_log2(hi, bits).scale
         return scale, scale.new_zeros(scale.shape)

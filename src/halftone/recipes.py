@@ -99,10 +99,29 @@ class UnitInput(StrEnum):
 
 
 class Probabilities(StrEnum):
-    """Codes of attention probabilities: evenly spaced from zero, or octaves below a scale (DGQ)."""
+    """Codes of attention probabilities: evenly spaced from zero, or octaves below a scale (DGQ), or one of
+    the two, chosen for every layer and call (TCAQ-DM, DAQ)."""
 
     UNIFORM = "uniform"
     LOG2 = "log2"
+    ADAPTIVE = "adaptive"
+
+
+class Alternative(StrEnum):
+    """What a power law is weighed against. The paper does not say; the choice decides much, and against a
+    lognormal a power law hardly ever wins."""
+
+    EXPONENTIAL = "exponential"
+    HALF_NORMAL = "half_normal"
+    LOGNORMAL = "lognormal"
+
+
+class Selector(StrEnum):
+    """How codes are chosen: log2 where a power law fits the probabilities better (DAQ), or where it disturbs
+    their product with the values less (our choice: both are tried)."""
+
+    LIKELIHOOD_RATIO = "likelihood_ratio"
+    OUTPUT_ERROR = "output_error"
 
 
 class StartToken(StrEnum):
@@ -207,7 +226,9 @@ class Axes(BaseModel):
     )
     step_size: StepSize = Field(StepSize.FITTED, description="scales of activations fitted or learned")
     probabilities: Probabilities = Field(
-        Probabilities.UNIFORM, description="codes of attention probabilities: uniform, or log2 (DGQ)"
+        Probabilities.UNIFORM,
+        description="codes of attention probabilities: uniform, log2 (DGQ), or adaptive: chosen by layer and "
+        "call (DAQ)",
     )
     start_token: StartToken = Field(
         StartToken.JOINT,
@@ -219,6 +240,24 @@ class Axes(BaseModel):
     )
     probabilities_scope: Scope = Field(
         Scope.SAMPLE, description="what shares a dynamic scale: the whole tensor, a sample or a head"
+    )
+    adaptive_selector: Selector = Field(
+        Selector.LIKELIHOOD_RATIO, description="adaptive: what chooses, likelihood_ratio or output_error"
+    )
+    adaptive_alternative: Alternative = Field(
+        Alternative.EXPONENTIAL,
+        description="likelihood_ratio: the law beside the power law; exponential, half_normal or lognormal",
+    )
+    adaptive_xmin: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="likelihood_ratio: quantile of the positive values where both laws begin; null: least",
+    )
+    adaptive_groups: int | None = Field(
+        None,
+        ge=1,
+        description="adaptive: uniform groups of calls that share a choice; null: every call its own",
     )
     relaxing: Relaxing = Field(
         Interval.NONE,
@@ -269,10 +308,27 @@ class Axes(BaseModel):
             raise ValueError(
                 "probabilities_scope: says what shares a dynamic scale; write probabilities_scale: dynamic"
             )
+        self._check_adaptive()
         if self.temporal_block is TemporalBlock.APART and self.rounding is Rounding.NEAREST:
             raise ValueError("temporal_block apart: nothing is learned with rounding nearest")
         self._check_reparameterization()
         return self
+
+    def _check_adaptive(self) -> None:
+        further = [name for name in _ADAPTIVE if getattr(self, name) != _default(name)]
+        if self.probabilities is not Probabilities.ADAPTIVE:
+            if further:
+                raise ValueError(f"{further[0]}: write probabilities: adaptive with it")
+            return
+        if self.time_axis is not TimeAxis.PER_CALL:
+            raise ValueError(f"probabilities adaptive: chosen call by call, time_axis is {self.time_axis}")
+        if self.adaptive_groups and self.calibration_inputs is CalibrationInputs.PROGRESSIVE:
+            raise ValueError(
+                "adaptive_groups: progressive calibration has to choose at every call; leave them out"
+            )
+        of_laws = [name for name in further if name in ("adaptive_alternative", "adaptive_xmin")]
+        if of_laws and self.adaptive_selector is Selector.OUTPUT_ERROR:
+            raise ValueError(f"{of_laws[0]}: of laws, which adaptive_selector output_error does not ask")
 
     def _check_reparameterization(self) -> None:
         how = self.reparameterization
@@ -297,7 +353,8 @@ class Axes(BaseModel):
         }
 
 
-_ATTENTION = ("probabilities", "start_token", "probabilities_scale", "probabilities_scope")
+_ADAPTIVE = ("adaptive_selector", "adaptive_alternative", "adaptive_xmin", "adaptive_groups")
+_ATTENTION = ("probabilities", "start_token", "probabilities_scale", "probabilities_scope", *_ADAPTIVE)
 _UNSAID = (
     *_ATTENTION,
     "reparameterization",

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halftone.passes.power_law import fit_exponential, fit_power_law, likelihood_ratio
+from halftone.passes.power_law import (
+    fit_exponential,
+    fit_half_normal,
+    fit_lognormal,
+    fit_power_law,
+    likelihood_ratio,
+)
+from halftone.recipes import Alternative
 
 FEW = torch.tensor([1.0, 2, 4, 8])
 HEAVY = torch.tensor([1.0, 1, 1, 2, 2, 4, 16, 64])
@@ -45,6 +52,44 @@ def test_wider_softmax_outputs_turn_to_the_power_law() -> None:
     scores = torch.randn(256, 77, generator=generator)
     wins = [likelihood_ratio((scores * spread).softmax(-1)) > 0 for spread in (0.1, 0.5, 1, 2, 3, 5)]
     assert wins == [False, False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("alternative", "quantile", "first"),
+    [
+        (Alternative.EXPONENTIAL, None, 3.0),
+        (Alternative.EXPONENTIAL, 0.5, 2.0),
+        (Alternative.HALF_NORMAL, None, 2.0),
+        (Alternative.LOGNORMAL, None, None),
+    ],
+)
+def test_what_a_power_law_is_weighed_against_decides(
+    alternative: Alternative, quantile: float | None, first: float | None
+) -> None:
+    """Spread of the scores from which on the power law wins."""
+    scores = torch.randn(256, 77, generator=torch.Generator().manual_seed(0))
+    winning = []
+    for spread in (0.1, 0.5, 1.0, 2.0, 3.0, 5.0):
+        values = (scores * spread).softmax(-1)
+        smallest = None if quantile is None else float(values.flatten().quantile(quantile))
+        if likelihood_ratio(values, smallest, alternative) > 0:
+            winning.append(spread)
+    assert winning == [spread for spread in (2.0, 3.0, 5.0) if first is not None and spread >= first]
+
+
+@pytest.mark.parametrize("alternative", Alternative)
+def test_every_ratio_is_free_of_the_unit(alternative: Alternative) -> None:
+    wanted = likelihood_ratio(HEAVY, None, alternative)
+    assert likelihood_ratio(HEAVY * 0.01, None, alternative) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_likelihoods_are_those_of_the_densities() -> None:
+    values = HEAVY.double()
+    half, log = fit_half_normal(HEAVY, 1.0), fit_lognormal(HEAVY, 1.0)
+    of_half = torch.distributions.HalfNormal(half.parameter).log_prob(values - 1).sum()
+    of_log = torch.distributions.LogNormal(values.log().mean(), log.parameter).log_prob(values).sum()
+    assert half.log_likelihood == pytest.approx(float(of_half), abs=1e-5)
+    assert log.log_likelihood == pytest.approx(float(of_log), abs=1e-5)
 
 
 def test_draws_from_either_law_are_told_apart() -> None:

@@ -34,6 +34,7 @@ def certify(
             "activations": stored.activations,
             "floats": stored.floats,
             "divisors": stored.divisors,
+            "choices": stored.choices,
         }
         build(denoiser, written.plan, **parts, context=context)
         return Built(denoiser, context)

@@ -101,6 +101,7 @@ def load(
         activations=contents.activations,
         floats=contents.floats,
         divisors=contents.divisors,
+        choices=contents.choices,
         context=context,
         dtype=dtype,
     )

@@ -8,6 +8,7 @@
 | activation/scale | float32 | (parameters of all activation sites,) |
 | activation/zero_point | uint8, else int16 or int32 | (parameters of all activation sites,) |
 | activation/divisor | float16 | (channels of all inputs divided in the quantize step,) |
+| probabilities/log2 | uint8 | packed bits: calls of all attention probabilities that take either codes |
 | float/NAME | float16, else bfloat16, else float32 | as the parameter or buffer NAME of the denoiser |
 | timesteps, noise_levels | float64 | (calls,) |
 
@@ -28,19 +29,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from halftone.artefact import strict
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
-from halftone.plan import Division, Plan, SitePlan
+from halftone.plan import Division, Plan, Quantizer, SitePlan
 from halftone.quantizers import halves
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import pack, packed_size, unpack
 
 FILE = "quantized.safetensors"
 DIVISOR = "activation/divisor"
+CHOICES = "probabilities/log2"
 _WHOLE = (torch.uint8, torch.int16, torch.int32)
 
 
@@ -50,7 +53,8 @@ class Contents:
 
     weights: codes and parameters by module; activations: (scale, zero_point) float32 by site name;
     floats: every other entry of the denoiser's state dict, float32 where floating point. divisors:
-    (channels,) by module, of the inputs that are divided in the quantize step.
+    (channels,) by module, of the inputs that are divided in the quantize step. choices: of probabilities that
+    take uniform or log2 codes, bool (calls,), by site name.
     """
 
     weights: dict[str, WeightCodes]
@@ -59,6 +63,7 @@ class Contents:
     timesteps: Tensor
     noise_levels: Tensor
     divisors: dict[str, Tensor] = field(default_factory=dict)
+    choices: dict[str, Tensor] = field(default_factory=dict)
 
 
 def weight_sites(plan: Plan) -> list[SitePlan]:
@@ -72,6 +77,10 @@ def activation_sites(plan: Plan) -> list[SitePlan]:
 def divided_sites(plan: Plan) -> list[SitePlan]:
     """Inputs that the quantize step divides."""
     return [site for site in plan.quantized if site.division is Division.QUANTIZE_STEP]
+
+
+def adaptive_sites(plan: Plan) -> list[SitePlan]:
+    return [site for site in plan.quantized if site.quantizer is Quantizer.ADAPTIVE]
 
 
 def save(path: Path, contents: Contents, plan: Plan) -> None:
@@ -98,6 +107,8 @@ def save(path: Path, contents: Contents, plan: Plan) -> None:
             raise UserError(
                 f"{DIVISOR}: factors that float16 does not hold; run halftone reparameterize again"
             )
+    if adaptive := adaptive_sites(plan):
+        tensors[CHOICES] = _bits(torch.cat([contents.choices[site.name] for site in adaptive]))
     for name, value in contents.floats.items():
         tensors[f"{strict.FLOAT}{name}"] = strict.smallest(value)
     tensors["timesteps"] = contents.timesteps.double()
@@ -156,6 +167,8 @@ def expected_tensors(plan: Plan, denoiser: nn.Module) -> strict.Expected:
     for name, value in state.items():
         if name not in quantized:
             expected[f"{strict.FLOAT}{name}"] = strict.types_of(value), tuple(value.shape)
+    if adaptive := adaptive_sites(plan):
+        expected[CHOICES] = (torch.uint8,), (-(-len(adaptive) * plan.calls // 8),)
     for name in ("timesteps", "noise_levels"):
         expected[name] = (torch.float64,), (plan.calls,)
     return expected
@@ -190,7 +203,26 @@ def _unpacked(path: Path, plan: Plan, denoiser: nn.Module, tensors: Mapping[str,
     sizes = [shapes[f"{site.module}.weight"][1] for site in divided]
     factors = tensors[DIVISOR].float().split(sizes) if divided else ()
     divisors = {site.module: factor for site, factor in zip(divided, factors, strict=True)}
-    return Contents(weights, activations, floats, tensors["timesteps"], tensors["noise_levels"], divisors)
+    choices = _choices(path, plan, tensors)
+    schedule = tensors["timesteps"], tensors["noise_levels"]
+    return Contents(weights, activations, floats, *schedule, divisors, choices)
+
+
+def _choices(path: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    adaptive = adaptive_sites(plan)
+    if not adaptive:
+        return {}
+    found = torch.from_numpy(np.unpackbits(tensors[CHOICES].numpy(), bitorder="little")).bool()
+    count = len(adaptive) * plan.calls
+    if found[count:].any():
+        raise UserError(f"{path}: {CHOICES}: its unused bits are not zero; get the artefact again")
+    rows = found[:count].split(plan.calls)
+    return {site.name: row for site, row in zip(adaptive, rows, strict=True)}
+
+
+def _bits(flags: Tensor) -> Tensor:
+    """Flags as a bitstream, the first in the lowest bit."""
+    return torch.from_numpy(np.packbits(flags.numpy(), bitorder="little"))
 
 
 def _split(

@@ -115,6 +115,11 @@ def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Modu
     activations = {
         site: (parameters.scale, parameters.zero_point) for site, parameters in state.activations.items()
     }
+    choices = {
+        site: parameters.log2 for site, parameters in state.activations.items() if parameters.log2 is not None
+    }
+    if choices.keys() != {site.name for site in tensors.adaptive_sites(plan)}:
+        raise UserError(f"{path}: chose codes for other sites than the plan; run halftone analyze again")
     return tensors.Contents(
         state.weights,
         activations,
@@ -122,6 +127,7 @@ def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Modu
         state.timesteps,
         state.noise_levels,
         divisors(divided, state.factors),
+        choices,
     )
 
 

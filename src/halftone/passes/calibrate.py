@@ -16,14 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from halftone.calls import CallContext
+from halftone.denoiser import SiteKind
 from halftone.errors import UserError
 from halftone.passes import checkpoint as checkpoints
+from halftone.passes.adaptive import Chooser, group_of
 from halftone.passes.samples import calibration_prompts
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
+from halftone.probability_quantizer import ProbabilityQuantizer
 from halftone.progress import Progress
 from halftone.quantizers.affine import AffineParams
+from halftone.quantizers.log2 import fit_log2
 from halftone.quantizers.ranges import Estimator, MinMax, make_estimator
-from halftone.recipes import Axes, TimeAxis
+from halftone.recipes import Axes, Probabilities, Selector, TimeAxis
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs
 
@@ -96,10 +100,16 @@ class _Watch:
     def __init__(self, site: str, walk: Walk, call: int) -> None:
         self.site, self.walk, self.call = site, walk, call
         self.extremes = MinMax()
+        self.last: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
         try:
             self.extremes.update(x)
+            if self.site in self.walk.choosers:
+                value = self.walk.watches.get(self.walk.value_of(self.site))
+                self.walk.choosers[self.site].update(x, None if value is None else value.last, self.call)
+            elif self.site in self.walk.values:
+                self.last = x
             if self.walk.estimating:
                 self.walk.estimators[self.site].update(x)
         except ValueError as fault:
@@ -120,12 +130,26 @@ class Walk:
     def __init__(self, quantizers: Mapping[str, SiteQuantizer], axes: Axes) -> None:
         self.quantizers, self.axes = quantizers, axes
         self.columns: dict[str, dict[str, list[Tensor]]] = {
-            name: {column: [] for column in SiteParameters._fields} for name in quantizers
+            name: {column: [] for column in ("scale", "zero_point", "lo", "hi")} for name in quantizers
         }
         self.done = 0
         self.estimating = True
         self.watches: dict[str, _Watch] = {}
         self.estimators = self._new_estimators(0)
+        self.choosers = self._new_choosers()
+        measured = axes.adaptive_selector is Selector.OUTPUT_ERROR
+        self.values = {self.value_of(site) for site in self.choosers} if measured else set()
+
+    def value_of(self, site: str) -> str:
+        """The site of the values that the probabilities of `site` are multiplied with."""
+        return f"{self.quantizers[site].site.module}.{SiteKind.VALUE}"
+
+    def _new_choosers(self) -> dict[str, Chooser]:
+        return {
+            name: Chooser(self.axes, quantizer)
+            for name, quantizer in self.quantizers.items()
+            if isinstance(quantizer, ProbabilityQuantizer) and quantizer.form.codes is Probabilities.ADAPTIVE
+        }
 
     def _new_estimators(self, call: int) -> dict[str, Estimator]:
         return {
@@ -149,7 +173,28 @@ class Walk:
             self.columns[name]["hi"].append(hi.reshape(()).cpu())
         if self.axes.time_axis is TimeAxis.PER_CALL:
             self._fit(self.done)
+            self._choose(self.done)
         self.done += 1
+
+    def _choose(self, call: int) -> None:
+        """Codes of the calls whose group ends with this one; octaves bring a scale of their own."""
+        calls, groups = self.n_calls, self.axes.adaptive_groups
+        group = group_of(call, calls, groups)
+        if call + 1 < calls and group_of(call + 1, calls, groups) == group:
+            return
+        for name, chooser in self.choosers.items():
+            columns, log2 = self.columns[name], chooser.log2()
+            made = columns.setdefault("log2", [])
+            for one in range(len(made), call + 1):
+                made.append(torch.tensor(log2))
+                if log2 and columns["scale"]:
+                    columns["scale"][one] = fit_log2(columns["hi"][one], 2).scale
+        self.choosers = self._new_choosers()
+
+    @property
+    def n_calls(self) -> int:
+        """Calls of the trajectory, where parameters are kept per call."""
+        return max((len(quantizer.widths) for quantizer in self.quantizers.values()), default=1)
 
     def last(self) -> ActivationParameters:
         """What was found at the call done last, per-call parameters among it."""
@@ -162,14 +207,17 @@ class Walk:
         """What `last` gave, as the next call done."""
         for site, values in found.items():
             for name, value in values._asdict().items():
-                if value.numel():
-                    self.columns[site][name].append(value)
+                if value is not None and value.numel():
+                    self.columns[site].setdefault(name, []).append(value)
         self.done += 1
 
     def use(self, call: int) -> None:
         """Let the quantizers use, at `call`, what was found at it."""
         for site, values in self.last().items():
             quantizer = self.quantizers[site]
+            if isinstance(quantizer, ProbabilityQuantizer) and values.log2 is not None:
+                assert quantizer.chosen is not None
+                quantizer.chosen[call] = bool(values.log2)
             if quantizer.dynamic:
                 continue
             quantizer.set_call(call, AffineParams(values.scale, values.zero_point, quantizer.width(call)))
@@ -202,6 +250,8 @@ class Walk:
         if self.axes.time_axis is TimeAxis.SHARED:
             for name, estimator in self.estimators.items():
                 tensors |= {f"estimator/{name}/{part}": value for part, value in estimator.state().items()}
+        for name, chooser in self.choosers.items():
+            tensors |= {f"chooser/{name}/{part}": value for part, value in chooser.state().items()}
         checkpoints.save(path, tensors, mark)
 
     def resume(self, path: Path, mark: str) -> None:
@@ -211,16 +261,21 @@ class Walk:
                 print(f"{path}: of another run, so calibration starts over", file=sys.stderr)
             return
         states: dict[str, dict[str, Tensor]] = {}
+        choices: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             kind, _, rest = key.partition("/")
             name, _, part = rest.rpartition("/")
             if kind == "column":
                 self.columns[name][part] = list(value.unbind())
+            elif kind == "chooser":
+                choices.setdefault(name, {})[part] = value
             else:
                 states.setdefault(name, {})[part] = value
         for name, state in states.items():
             device = self.quantizers[name].scale.device
             self.estimators[name].load_state({part: value.to(device) for part, value in state.items()})
+        for name, state in choices.items():
+            self.choosers[name].load_state(state)
         self.done = len(next(iter(self.columns.values()))["lo"]) if self.columns else 0
 
 

@@ -74,7 +74,9 @@ def calibrate_progressively(
             )
         if not axes.calibrate_last:
             last = {
-                site: SiteParameters(*(value[-1] if len(value) else NONE for value in values))
+                site: SiteParameters(
+                    *(value if value is None else value[-1] if len(value) else NONE for value in values)
+                )
                 for site, values in reference.items()
             }
             work.walk.take(last)
@@ -178,7 +180,8 @@ class _Work:
 def _keep(path: Path, mark: str, walk: Walk, outputs: Sequence[Tensor]) -> None:
     tensors = {f"output/{place}": output for place, output in enumerate(outputs)}
     for site, values in walk.last().items():
-        tensors |= {f"site/{site}/{name}": value for name, value in values._asdict().items()}
+        parts = {name: value for name, value in values._asdict().items() if value is not None}
+        tensors |= {f"site/{site}/{name}": value for name, value in parts.items()}
     checkpoints.save(path, tensors, mark)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from halftone.errors import UserError
 from halftone.files import writing
 from halftone.layers import WeightCodes, set_weights
+from halftone.probability_quantizer import ProbabilityQuantizer
 from halftone.provenance import Provenance
 from halftone.quantizers.bits import Bits
 from halftone.site_quantizer import SiteQuantizer
@@ -24,12 +25,14 @@ from halftone.site_quantizer import SiteQuantizer
 class SiteParameters(NamedTuple):
     """Of one activation site: scale and zero point, (n_calls, ...) or shared (1, ...), and the extremes seen
     at every
-    call, lo and hi, (n_calls, ...) always. All float32. A dynamic site has empty scale and zero point."""
+    call, lo and hi, (n_calls, ...) always. All float32. A dynamic site has empty scale and zero point.
+    log2: of probabilities that take uniform or log2 codes, which of the two, bool (n_calls,)."""
 
     scale: Tensor
     zero_point: Tensor
     lo: Tensor
     hi: Tensor
+    log2: Tensor | None = None
 
 
 ActivationParameters = dict[str, SiteParameters]
@@ -57,7 +60,7 @@ class CalibrationState:
 
     def save(self, path: Path | str, provenance: Provenance) -> None:
         """One safetensors file: `weight/{module}/codes|scale|zero_point`,
-        `activation/{site}/scale|zero_point|lo|hi`, `timesteps`, `noise_levels`, `relaxed_calls`,
+        `activation/{site}/scale|zero_point|lo|hi|log2`, `timesteps`, `noise_levels`, `relaxed_calls`,
         `denoiser_calls`, `factor/{module}/value`. Its bytes depend on the values alone."""
         tensors = {
             "timesteps": self.timesteps,
@@ -68,7 +71,8 @@ class CalibrationState:
         for module, weight in self.weights.items():
             tensors |= {f"weight/{module}/{part}": value for part, value in weight._asdict().items()}
         for site, parameters in self.activations.items():
-            tensors |= {f"activation/{site}/{part}": value for part, value in parameters._asdict().items()}
+            parts = {part: value for part, value in parameters._asdict().items() if value is not None}
+            tensors |= {f"activation/{site}/{part}": value for part, value in parts.items()}
         tensors |= {f"factor/{module}/value": value.clone() for module, value in self.factors.items()}
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         with writing(path) as temporary:
@@ -112,3 +116,6 @@ def set_parameters(quantizers: Mapping[str, SiteQuantizer], activations: Activat
     for name, quantizer in quantizers.items():
         if not quantizer.dynamic:
             quantizer.set_parameters(activations[name].scale, activations[name].zero_point)
+        log2 = activations[name].log2
+        if log2 is not None and isinstance(quantizer, ProbabilityQuantizer):
+            quantizer.choose(log2)

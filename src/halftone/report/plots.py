@@ -50,14 +50,23 @@ class SiteRange:
     drift: float | None
 
 
+@dataclass(frozen=True)
+class SiteCodes:
+    """Codes of one layer's attention probabilities at every call: log2, or uniform."""
+
+    site: str
+    log2: tuple[bool, ...]
+
+
 def short(site: str) -> str:
     """A site's name without what every name repeats: `down 1 · attentions.0.0.attn2.to_k.input`."""
     name = _STAGE.sub(lambda stage: f"{' '.join(filter(None, stage.groups()))} · ", site)
     return name.replace("transformer_blocks.", "")
 
 
-def ranges_svg(sites: Sequence[SiteRange], title: str) -> str:
-    """Range against call for the sites of greatest drift, above a heat map of all sites by all calls.
+def ranges_svg(sites: Sequence[SiteRange], title: str, codes: Sequence[SiteCodes] = ()) -> str:
+    """Range against call for the sites of greatest drift, above a heat map of all sites by all calls; below
+    it, where codes of attention probabilities were chosen, which layers and calls have log2 codes.
 
     Sites come in the order of the denoiser. With a single call there is no drift to show, and the plot
     ranks the sites by range instead.
@@ -66,7 +75,7 @@ def ranges_svg(sites: Sequence[SiteRange], title: str) -> str:
 
     with rc_context(STYLE):
         single = all(len(site.range) < 2 for site in sites)
-        return svg_text(_single(sites, title) if single else _per_call(sites, title))
+        return svg_text(_single(sites, title) if single else _per_call(sites, title, codes))
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ def shade(axis: Any, relaxed: Sequence[int], hue: str) -> None:
         axis.axvspan(call - 0.5, call + 0.5, color=hue, alpha=0.07, linewidth=0)
 
 
-def _per_call(sites: Sequence[SiteRange], title: str) -> Any:
+def _per_call(sites: Sequence[SiteRange], title: str, codes: Sequence[SiteCodes] = ()) -> Any:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     calls = len(sites[0].range)
@@ -126,8 +135,10 @@ def _per_call(sites: Sequence[SiteRange], title: str) -> Any:
     for site in drifting:
         alike.setdefault(site.range, []).append(site)
     greatest = list(alike.values())[:LINES]
-    figure, axes = canvas(2, heights=(3.0, 4.8))
-    top, bottom = axes
+    figure, axes = canvas(3, heights=(3.0, 4.8, 1.8)) if codes else canvas(2, heights=(3.0, 4.8))
+    top, bottom = axes[:2]
+    if codes:
+        _codes(axes[2], codes)
     for hue, same in zip(HUES, greatest, strict=False):
         top.plot(range(calls), same[0].range, color=hue, linewidth=1.6, label=_label(same))
     top.set_yscale("log")
@@ -164,6 +175,25 @@ def _per_call(sites: Sequence[SiteRange], title: str) -> Any:
     colours.ax.tick_params(length=0)
     colours.outline.set_visible(False)
     return figure
+
+
+def _codes(axis: Any, codes: Sequence[SiteCodes]) -> None:
+    """Layers by calls, those with log2 codes filled."""
+    from matplotlib.colors import ListedColormap
+
+    chosen = np.array([site.log2 for site in codes])
+    axis.imshow(
+        chosen,
+        aspect="auto",
+        interpolation="none",
+        cmap=ListedColormap([RULE, HUES[0]]),
+        vmin=0,
+        vmax=1,
+        extent=(-0.5, chosen.shape[1] - 0.5, len(codes) - 0.5, -0.5),
+    )
+    axis.set_title(f"attention probabilities: log2 codes (blue) at {chosen.mean():.0%} of layers and calls")
+    axis.set_xlabel("call (0 starts from pure noise)")
+    _block_ticks(axis, [site.site for site in codes])
 
 
 def _label(same: Sequence[SiteRange]) -> str:

@@ -135,7 +135,7 @@ def _per_tensor(site: SitePlan) -> bool:
 def _too_many_octaves(plan: Plan, sites: Mapping[str, SitePlan]) -> str | None:
     """Whether sums of octaves times values could leave what float64 holds exactly, and why."""
     site = sites["probabilities"]
-    if site.quantizer is not Quantizer.LOG2:
+    if site.quantizer is Quantizer.NON_NEGATIVE:
         return None
     relaxation = plan.relaxation
     widths = [

@@ -34,6 +34,7 @@ def build(
     floats: Mapping[str, Tensor],
     context: CallContext,
     divisors: Mapping[str, Tensor] | None = None,
+    choices: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     decisions: Mapping[str, Decision] | None = None,
 ) -> dict[str, Decision]:
@@ -56,6 +57,7 @@ def build(
         floats={**floats, **codes},
         context=context,
         divisors=divisors,
+        choices=choices,
         dtype=dtype,
     )
     for name, quantizer in quantizers.items():

@@ -39,13 +39,15 @@ def build(
     floats: Mapping[str, Tensor],
     context: CallContext,
     divisors: Mapping[str, Tensor] | None = None,
+    choices: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, SiteQuantizer]:
     """Make a denoiser without weights (on the meta device) the quantized one of `plan`, in place.
 
     weights: codes by module; activations: (scale, zero_point) by site; floats: the rest of the state dict.
-    Together they must be the whole state. divisors: factors by module, of the inputs that are divided in the
-    quantize step. The quantizers follow `context`, which is not attached here.
+    choices: of probabilities that take either codes, by site. Together they must be the whole state.
+    divisors: factors by module, of the inputs that are divided in the quantize step. The quantizers follow
+    `context`, which is not attached here.
     Raises UserError where plan and denoiser do not fit.
     """
     bits = Bits.parse(plan.bits)
@@ -64,6 +66,8 @@ def build(
     for name, quantizer in quantizers.items():
         if not quantizer.dynamic:
             quantizer.set_parameters(*activations[name])
+        if isinstance(quantizer, ProbabilityQuantizer) and name in (choices or {}):
+            quantizer.choose((choices or {})[name])
     set_divisors(quantizers, divisors or {})
     set_mode(quantizers, Mode.QUANTIZE)
     if wide(dtype) == dtype:
