@@ -116,7 +116,11 @@ def _work(settings: Settings, rule: Rule, key: str, speed: float) -> float:
         iterations = STEP_SIZES[settings.reconstruction.budget].iterations
         return observing + _learning(settings, macs, iterations) * _SIMULATED / speed
     if rule is Rule.RECONSTRUCT:
-        return _learning(settings, macs, SCHEDULES[settings.reconstruction.budget].iterations) / speed
+        axes = settings.scenarios[key].resolved_axes()
+        rounds = 1 + (axes.rounds - 1) * axes.later_iterations
+        learning = _learning(settings, macs, SCHEDULES[settings.reconstruction.budget].iterations * rounds)
+        sampling = 2 * (axes.rounds - 1) * settings.calibration.n_prompts * passes * _SIMULATED
+        return (learning + sampling) / speed
     row = settings.scenarios[key]
     n_images = settings.tiers[row.tier].n_images
     if rule is Rule.SAMPLE:
@@ -127,7 +131,7 @@ def _work(settings: Settings, rule: Rule, key: str, speed: float) -> float:
     return 0.0
 
 
-def _learning(settings: Settings, macs: float, iterations: int) -> float:
+def _learning(settings: Settings, macs: float, iterations: float) -> float:
     """Multiply-accumulates of learning something unit by unit, capture of the units' data included."""
     schedule = SCHEDULES[settings.reconstruction.budget]
     batch = min(settings.reconstruction.batch_size, schedule.batch_limit)

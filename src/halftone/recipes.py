@@ -221,6 +221,18 @@ class Axes(BaseModel):
     )
     rounding: Rounding = Field(Rounding.NEAREST, description="nearest, or learned by block reconstruction")
     unit_input: UnitInput = Field(UnitInput.QUANTIZED_PREFIX, description="inputs of block reconstruction")
+    rounds: int = Field(
+        1,
+        ge=1,
+        le=10,
+        description="reconstructions, each on data that the model quantized so far makes (PAR)",
+    )
+    later_iterations: float = Field(
+        0.25, gt=0, le=1, description="iterations of rounds after the first, as a share of its own"
+    )
+    later_beta: float = Field(
+        10.0, ge=2, le=20, description="exponent from which rounds after the first are annealed"
+    )
     temporal_block: TemporalBlock = Field(
         TemporalBlock.JOINT, description="timestep layers reconstructed with their blocks or apart"
     )
@@ -311,6 +323,7 @@ class Axes(BaseModel):
         self._check_adaptive()
         if self.temporal_block is TemporalBlock.APART and self.rounding is Rounding.NEAREST:
             raise ValueError("temporal_block apart: nothing is learned with rounding nearest")
+        self._check_rounds()
         self._check_reparameterization()
         return self
 
@@ -329,6 +342,17 @@ class Axes(BaseModel):
         of_laws = [name for name in further if name in ("adaptive_alternative", "adaptive_xmin")]
         if of_laws and self.adaptive_selector is Selector.OUTPUT_ERROR:
             raise ValueError(f"{of_laws[0]}: of laws, which adaptive_selector output_error does not ask")
+
+    def _check_rounds(self) -> None:
+        for name in ("later_iterations", "later_beta"):
+            if self.rounds == 1 and getattr(self, name) != _default(name):
+                raise ValueError(f"{name}: there is one round only; write rounds: 3 with it")
+        if self.rounds > 1 and self.rounding is Rounding.NEAREST:
+            raise ValueError("rounds: nothing is learned with rounding nearest; write rounding: adaround")
+        if self.rounds > 1 and self.unit_input is UnitInput.FULL_PRECISION:
+            raise ValueError(
+                "rounds: bring the inputs of the quantized model; write unit_input: quantized_prefix"
+            )
 
     def _check_reparameterization(self) -> None:
         how = self.reparameterization
@@ -363,6 +387,9 @@ _UNSAID = (
     "reparameterization_limit",
     "reparameterization_floor",
     "smooth_exponent",
+    "rounds",
+    "later_iterations",
+    "later_beta",
 )
 
 

@@ -49,7 +49,7 @@ def test_published_schedule_finds_the_best_rounding() -> None:
     assert (learned.codes["weight"] - 8).tolist() == [[1, 0]]
     assert learned.mse_before == pytest.approx(0.81, abs=1e-6)
     assert learned.mse_after == pytest.approx(0.01, abs=1e-6)
-    assert not learned.keeps_nearest
+    assert not learned.keeps_first
 
 
 def test_ties_are_broken_and_the_same_way_for_a_seed() -> None:
@@ -74,7 +74,7 @@ def test_result_depends_on_the_seed_alone() -> None:
 def test_never_worse_than_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SoftRounding, "hard_codes", lambda self: torch.full((1, 2), 15, dtype=torch.int32))
     learned = learn_linear(linear([0.9, 0.2]), torch.eye(2))
-    assert learned.keeps_nearest
+    assert learned.keeps_first
     assert learned.mse_after > learned.mse_before
     assert (learned.codes["weight"] - 8).tolist() == [[1, 0]]
 

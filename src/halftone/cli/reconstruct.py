@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +17,9 @@ from halftone.cli import options
 from halftone.errors import UserError
 from halftone.recipes import Rounding
 from halftone.settings import Protocol, Reconstruction
+
+if TYPE_CHECKING:
+    from halftone.passes.reconstructed import UnitReport
 
 
 def verb(
@@ -79,7 +84,12 @@ def verb(
     )
     found.save(output, chosen.to_metadata())
     shutil.rmtree(work, ignore_errors=True)
-    gains = [unit.ratio for unit in found.units if unit.ratio != float("inf")]
+    rounds = [[unit for unit in found.units if unit.round == k + 1] for k in range(resolved.rounds)]
+    for k, units in enumerate(rounds[1:], 2):
+        print(f"round {k}: errors of the units {_ratio(units):.3g} times lower than with the codes before")
+    if found.denoiser_calls:
+        print(f"{found.denoiser_calls} denoiser calls for the data of later rounds")
+    gains = [unit.ratio for unit in rounds[0] if unit.ratio != float("inf")]
     tracking.log(
         tracking.Record(
             "reconstruct",
@@ -87,10 +97,18 @@ def verb(
             output,
             params={"recipe": recipe, "bits": bits, "protocol": protocol, "budget": budget, "seed": seed},
             metrics={
-                "units": len(found.units),
-                "kept_nearest": sum(unit.kept_nearest for unit in found.units),
+                "units": len(rounds[0]),
+                "kept_nearest": sum(unit.kept_nearest for unit in rounds[0]),
                 "mean_error_ratio": sum(gains) / len(gains) if gains else 1.0,
+                "rounds": len(rounds),
+                "reconstruction_denoiser_calls": found.denoiser_calls,
+                **{f"error_ratio_round_{k}": _ratio(units) for k, units in enumerate(rounds[1:], 2)},
             },
             started=started,
         )
     )
+
+
+def _ratio(units: Sequence[UnitReport]) -> float:
+    """Median over the units of a round."""
+    return statistics.median(unit.ratio for unit in units)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from halftone import __version__
@@ -26,13 +26,14 @@ from halftone.denoiser import blocks
 from halftone.errors import UserError
 from halftone.files import explain_disk_faults
 from halftone.layers import WeightCodes, fit_weight, nearest_codes, store_codes
+from halftone.passes import checkpoint as checkpoints
 from halftone.passes import temporal
 from halftone.passes.checkpoint import fingerprint, seed_of
 from halftone.passes.reconstructed import Reconstructed, UnitReport, load
 from halftone.passes.samples import choose_samples
-from halftone.passes.schedule import SCHEDULES
+from halftone.passes.schedule import SCHEDULES, later
 from halftone.passes.unit_data import UnitData, Weights, capture
-from halftone.passes.unit_rounding import learn
+from halftone.passes.unit_rounding import Begun, learn
 from halftone.passes.unit_trace import Signature, trace
 from halftone.passes.weights import check_weight
 from halftone.progress import Progress
@@ -72,6 +73,42 @@ def reconstruct(
     random numbers of its own. The caller removes the folder. Raises UserError where a value is not finite,
     the denoiser cannot be taken apart, or the disk is full.
     """
+    return learn_round(
+        denoiser, trajectory, axes, bits, settings, seed, checkpoint, modules, splits, shared
+    ).found
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One round: what it found; the soft choices by module, for the next round to go on from; and the mark of
+    everything that decided them."""
+
+    number: int
+    found: Reconstructed
+    alpha: dict[str, Tensor]
+    mark: str
+
+
+def learn_round(
+    denoiser: nn.Module,
+    trajectory: Trajectory,
+    axes: Axes,
+    bits: Bits,
+    settings: Reconstruction,
+    seed: int,
+    checkpoint: Path,
+    modules: Sequence[str],
+    splits: Mapping[str, int] | None = None,
+    shared: Path | None = None,
+    *,
+    before: Round | None = None,
+    keep_soft: bool = False,
+) -> Round:
+    """`reconstruct`, as one of several rounds, each on a trajectory of its own (TCAQ-DM, PAR).
+
+    before: the round before this one, whose soft choices are gone on from; None for the first, which is the
+    plain reconstruction. keep_soft: there is a round after this one.
+    """
     work = _Work(
         denoiser,
         trajectory,
@@ -83,6 +120,8 @@ def reconstruct(
         tuple(modules),
         dict(splits or {}),
         shared,
+        before,
+        keep_soft,
     )
     with _inference(denoiser), _deterministic():
         return work.run()
@@ -110,18 +149,25 @@ class _Work:
         modules: tuple[str, ...],
         splits: dict[str, int],
         shared: Path | None,
+        before: Round | None,
+        keep_soft: bool,
     ) -> None:
         self.denoiser, self.trajectory, self.axes, self.bits = denoiser, trajectory, axes, bits
         self.settings, self.seed, self.checkpoint, self.modules = settings, seed, checkpoint, modules
-        self.schedule = SCHEDULES[settings.budget]
+        self.before, self.keep_soft = before, keep_soft
+        self.number = 1 if before is None else before.number + 1
+        first = SCHEDULES[settings.budget]
+        self.schedule = first if before is None else later(first, axes)
         self.weights = Weights(denoiser, modules)
         self.splits, self.shared = splits, shared
-        self.home = checkpoint  # of finished units
+        # of finished units
+        self.home = checkpoint if before is None else checkpoint / f"round-{self.number}"
+        self.alpha: dict[str, Tensor] = {}
         apart = axes.temporal_block is TemporalBlock.APART
         self.temporal = temporal.TemporalBlock(denoiser) if apart else None
         self.samples = choose_samples(trajectory, self.schedule.samples, seed, axes.calibration_calls)
 
-    def run(self) -> Reconstructed:
+    def run(self) -> Round:
         units, idle = self._units()
         fingerprint = self._fingerprint()
         if self.shared is not None:
@@ -141,6 +187,9 @@ class _Work:
             if found is None:
                 progress.start(place, unit.signature.unit)
                 found = self._learn(unit, progress.advance)
+                if self.keep_soft:  # before the codes, by which the unit counts as finished
+                    soft = {name: self.alpha[name] for name in unit.params}
+                    checkpoints.save(self._soft_file(place), soft, fingerprint)
                 found.save(self._file(place), {_KEY: json.dumps({"fingerprint": fingerprint})})
             codes |= found.weights
             reports += found.units
@@ -149,7 +198,8 @@ class _Work:
                 self.weights.rounded[name] = value.to(self.weights.full_precision[name])
         for name, params in idle.items():
             codes[name] = _on_cpu(nearest_codes(self.weights.full_precision[name], params))
-        return Reconstructed({name: codes[name] for name in self.modules}, tuple(reports))
+        result = Reconstructed({name: codes[name] for name in self.modules}, tuple(reports))
+        return Round(self.number, result, self.alpha, fingerprint)
 
     def _units(self) -> tuple[list[_Unit], dict[str, AffineParams]]:
         """Units in the order in which they run, and the layers that never run, with their parameters."""
@@ -217,22 +267,33 @@ class _Work:
             data,
             self.schedule,
             self.settings.batch_size,
-            seed_of("reconstruct", self.seed, name),
+            seed_of("reconstruct", self.seed, name if self.before is None else f"{name} {self.number}"),
             advance,
+            self._begun(names),
         )
+        if self.keep_soft:
+            self.alpha |= {layer: learned.alpha[weight] for weight, layer in names.items()}
         report = UnitReport(
             name,
             learned.mse_before,
             learned.mse_after,
             learned.polarisation,
             self.schedule.iterations,
-            learned.keeps_nearest,
+            learned.keeps_first,
+            self.number,
         )
         weights = {
             layer: _on_cpu(store_codes(learned.codes[weight], unit.params[layer]))
             for weight, layer in names.items()
         }
         return Reconstructed(weights, (report,))
+
+    def _begun(self, names: Mapping[str, str]) -> Begun | None:
+        """What the round before left of these layers (name of a weight -> layer)."""
+        if self.before is None:
+            return None
+        codes = {weight: self.before.found.weights[layer].codes for weight, layer in names.items()}
+        return Begun(codes, {weight: self.before.alpha[layer] for weight, layer in names.items()})
 
     def _prefix(self) -> Callable[[], contextlib.AbstractContextManager[None]] | None:
         rounded = self.weights.rounded
@@ -242,6 +303,9 @@ class _Work:
 
     def _file(self, place: int) -> Path:
         return self.home / f"unit-{place:04d}.safetensors"
+
+    def _soft_file(self, place: int) -> Path:
+        return self.home / f"soft-{place:04d}.safetensors"
 
     def _finished(self, place: int, unit: _Unit, fingerprint: str) -> Reconstructed | None:
         """What an earlier run kept of this unit; None if there is nothing, or it was another
@@ -254,7 +318,14 @@ class _Work:
         except UserError:  # damaged by the machine's fall: learned again, with the same result
             return None
         same = json.loads(metadata.get(_KEY, "{}")) == {"fingerprint": fingerprint}
-        return found if same and found.units[0].name == unit.signature.unit else None
+        if not same or found.units[0].name != unit.signature.unit:
+            return None
+        if self.keep_soft:
+            soft = checkpoints.load(self._soft_file(place), fingerprint)
+            if soft is None:  # of a row without later rounds
+                return None
+            self.alpha |= soft
+        return found
 
     def _cost(self, unit: _Unit) -> float:
         """Of one iteration, in multiply-accumulates; the two constants were measured on one CPU core."""
@@ -276,6 +347,8 @@ class _Work:
             "versions": [__version__, torch.__version__],
             "device": first.device.type,
         }
+        if self.before is not None:
+            facts |= {"round": self.number, "before": self.before.mark}
         return fingerprint(self.denoiser, self.trajectory, facts)
 
 

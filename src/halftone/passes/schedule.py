@@ -8,8 +8,9 @@ hard.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from halftone.recipes import Axes
 from halftone.settings import Budget
 
 
@@ -34,6 +35,13 @@ class Schedule:
     def __post_init__(self) -> None:
         assert min(self.iterations, self.samples, self.batch_limit) > 0
         assert 0 <= self.warm_up < 1
+
+
+def later(schedule: Schedule, axes: Axes) -> Schedule:
+    """That of a round after the first: shorter, annealed from a lower exponent and without warm-up, since the
+    choices are made for the most part (our choice: of TCAQ-DM's PAR the paper tells no figures)."""
+    iterations = max(1, round(schedule.iterations * axes.later_iterations))
+    return replace(schedule, iterations=iterations, warm_up=0.0, beta_start=axes.later_beta)
 
 
 @dataclass(frozen=True)

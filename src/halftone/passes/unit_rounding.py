@@ -7,7 +7,7 @@ changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +30,29 @@ _CHECK_EVERY = 50
 class Learned:
     """Codes (int32) by parameter name, and how well they do.
 
-    `mse_before` and `mse_after` are mean squared errors of the unit's output with nearest and with learned
-    rounding; `polarisation` is the mean of min(h, 1 - h) over all weights before h was made hard (0 is
-    best).
+    `mse_before` and `mse_after` are mean squared errors of the unit's output with the codes it began with,
+    nearest ones in the first round, and with learned rounding; `alpha` holds the soft choices;
+    `polarisation` is the mean of min(h, 1 - h) over all weights before h was made hard (0 is best).
     """
 
     codes: dict[str, Tensor]
     mse_before: float
     mse_after: float
     polarisation: float
+    alpha: dict[str, Tensor]
 
     @property
-    def keeps_nearest(self) -> bool:
-        """Learning did not help, so the codes are those of nearest rounding: never worse."""
+    def keeps_first(self) -> bool:
+        """Learning did not help, so the codes are those it began with: never worse."""
         return not self.mse_after < self.mse_before
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Where a round before left off: codes and soft choices by parameter name."""
+
+    codes: Mapping[str, Tensor]
+    alpha: Mapping[str, Tensor]
 
 
 def learn(
@@ -54,19 +63,26 @@ def learn(
     batch_size: int,
     seed: int,
     advance: Callable[[], None] = lambda: None,
+    begun: Begun | None = None,
 ) -> Learned:
     """Learn how to round the weights of `unit` named in `params` (parameter name -> scale and zero point).
 
     The objective is the squared error to the full-precision output, summed over dimension 1 and averaged
     over the others, plus `rounding_weight` times the summed regulariser after the warm-up (BRECQ).
-    `advance` is called after every iteration. Deterministic for a seed. Raises UserError where the error is
-    not finite.
+    `advance` is called after every iteration. `begun`: the soft choices go on from there.
+    Deterministic for a seed. Raises UserError where the error is not finite.
     """
     weights = {name: unit.get_parameter(name).detach() for name in params}
-    nearest = {name: quantize(weights[name], params[name]) for name in params}
-    mse_before = _mse(unit, _values(nearest, params, weights), data, batch_size)
+    if begun is None:
+        first = {name: quantize(weights[name], params[name]) for name in params}
+    else:
+        first = {name: begun.codes[name].to(weights[name].device, torch.int32) for name in params}
+    mse_before = _mse(unit, _values(first, params, weights), data, batch_size)
+    alpha = {} if begun is None else begun.alpha
     soft = {
-        name: SoftRounding(weights[name], params[name], noise=TIE_NOISE, seed=seed + place)
+        name: SoftRounding(
+            weights[name], params[name], noise=TIE_NOISE, seed=seed + place, alpha=alpha.get(name)
+        )
         for place, name in enumerate(params)
     }
     generator = torch.Generator().manual_seed(seed)
@@ -100,8 +116,9 @@ def learn(
     mse_after = _mse(unit, _values(codes, params, weights), data, batch_size)
     total = sum(weight.numel() for weight in weights.values())
     polarisation = sum(one.polarisation() * weights[name].numel() for name, one in soft.items()) / total
-    learned = Learned(codes, mse_before, mse_after, polarisation)
-    return Learned(nearest, mse_before, mse_after, polarisation) if learned.keeps_nearest else learned
+    chosen = {name: one.alpha.detach().cpu() for name, one in soft.items()}
+    learned = Learned(codes, mse_before, mse_after, polarisation, chosen)
+    return replace(learned, codes=first) if learned.keeps_first else learned
 
 
 def _error(output: Tensor, target: Tensor) -> Tensor:

@@ -46,20 +46,30 @@ class SoftRounding(nn.Module):
     Starts at the full-precision weight: h(alpha) is the fraction that rounding down would drop, so
     `soft_weight` equals the weight wherever it lies inside the codes. Weights with equal fractions on equal
     inputs have equal gradients and cannot part ways; a positive `noise` adds that standard deviation of
-    normal noise to alpha, from a generator of its own seeded with `seed`.
+    normal noise to alpha, from a generator of its own seeded with `seed`. `alpha`: to start from instead.
     """
 
     floor: Tensor
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, weight: Tensor, params: AffineParams, *, noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        params: AffineParams,
+        *,
+        noise: float = 0.0,
+        seed: int = 0,
+        alpha: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.low, self.high = params.low, params.high
         steps = weight.detach().float() / params.scale
         floor = steps.floor()
-        alpha = alpha_for(steps - floor)
-        if noise:
+        given, alpha = alpha, alpha_for(steps - floor)
+        if given is not None:
+            alpha = given.to(alpha.device, copy=True)
+        elif noise:
             generator = torch.Generator().manual_seed(seed)
             alpha = alpha + noise * torch.randn(alpha.shape, generator=generator).to(alpha.device)
         self.alpha = nn.Parameter(alpha)

@@ -1,9 +1,13 @@
-"""The step `reconstruct`: weight codes by block reconstruction."""
+"""The step `reconstruct`: weight codes by block reconstruction, in one round or several."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,19 @@ from torch import Tensor
 from halftone import device
 from halftone.calls import CallContext
 from halftone.denoiser import SiteKind, denoiser_of, sites
-from halftone.passes.reconstruct import reconstruct as learn
-from halftone.passes.reconstructed import Reconstructed
+from halftone.layers import set_weights
+from halftone.passes import calibrate as reference
+from halftone.passes import checkpoint as checkpoints
+from halftone.passes.aligned import aligned_trajectory
+from halftone.passes.reconstruct import Round, learn_round
+from halftone.passes.reconstructed import Reconstructed, UnitReport
+from halftone.passes.rollout import runs_of
 from halftone.provenance import Provenance
+from halftone.recipes import TimeAxis
+from halftone.relaxing import Relaxation, relaxed_calls
 from halftone.settings import Reconstruction
 from halftone.source import Source
+from halftone.start_token import kept_apart, tokenizers_of
 from halftone.steps.choice import Choice, check_same_model
 from halftone.steps.wrapped import wrapped
 from halftone.trajectory import Trajectory
@@ -35,19 +47,100 @@ def reconstruct(
     shared: Path | None = None,
 ) -> Reconstructed:
     """Weight codes by block reconstruction. `factors`: of `reparameterize`, for a recipe that has it.
-    `checkpoint`: a folder in which an interrupted run can go on;
-    `shared`: one in which finished units stay for other rows whose weights are learned alike."""
+    `checkpoint`: a folder in which an interrupted run can go on; `shared`: one in which finished units stay
+    for other rows whose weights are learned alike.
+
+    After the first round of several, each learns on what the sampler makes with the weights of the round
+    before and activations whose ranges are fitted to them, from the same noise; the outputs to keep are full
+    precision's on the same inputs. Such data replace those before (TCAQ-DM, PAR: our choice, the paper is
+    silent).
+    """
     check_same_model(source, known)
-    denoiser = denoiser_of(source.pipeline).to(device.best())
-    found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut)
-    weights = [site for site in found if site.kind is SiteKind.WEIGHT and site.quantized]
-    splits = {site.module: site.split for site in weights if site.split is not None}
-    modules = [site.module for site in weights]
-    how = how or Reconstruction()
-    place: AbstractContextManager[Any] = nullcontext()
-    if choice.reparameterizes or factors:  # dividing is the quantizers' work, which are off meanwhile
-        place = wrapped(denoiser, found, choice, CallContext(), 1, factors=factors)
-    with place:
-        return learn(
-            denoiser, trajectory, choice.axes, choice.bits, how, seed, checkpoint, modules, splits, shared
-        )
+    work = _Work(source, known, choice, factors, how or Reconstruction(), seed, checkpoint, shared)
+    return work.run(trajectory)
+
+
+class _Work:
+    def __init__(
+        self,
+        source: Source,
+        known: Provenance,
+        choice: Choice,
+        factors: Mapping[str, Tensor] | None,
+        how: Reconstruction,
+        seed: int,
+        checkpoint: Path,
+        shared: Path | None,
+    ) -> None:
+        self.source, self.known, self.choice, self.factors = source, known, choice, factors
+        self.how, self.seed, self.checkpoint, self.shared = how, seed, checkpoint, shared
+        self.denoiser = denoiser_of(source.pipeline).to(device.best())
+        apart = kept_apart(choice.axes, partial(tokenizers_of, source.pipeline))
+        self.sites = sites(self.denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, apart)
+        weights = [site for site in self.sites if site.kind is SiteKind.WEIGHT and site.quantized]
+        self.modules = [site.module for site in weights]
+        self.splits = {site.module: site.split for site in weights if site.split is not None}
+
+    def run(self, data: Trajectory) -> Reconstructed:
+        reports: list[UnitReport] = []
+        calls, done = 0, None
+        for number in range(1, self.choice.axes.rounds + 1):
+            if done is not None:
+                data, made = self._aligned(done, data)
+                calls += made
+            done = self._round(done, data, keep_soft=number < self.choice.axes.rounds)
+            reports += done.found.units
+        assert done is not None
+        return dataclasses.replace(done.found, units=tuple(reports), denoiser_calls=calls)
+
+    def _round(self, before: Round | None, data: Trajectory, *, keep_soft: bool) -> Round:
+        place: AbstractContextManager[Any] = nullcontext()
+        if self.choice.reparameterizes or self.factors:  # dividing is the work of quantizers, off meanwhile
+            place = wrapped(self.denoiser, self.sites, self.choice, CallContext(), 1, factors=self.factors)
+        with place:
+            return learn_round(
+                self.denoiser,
+                data,
+                self.choice.axes,
+                self.choice.bits,
+                self.how,
+                self.seed,
+                self.checkpoint,
+                self.modules,
+                self.splits,
+                self.shared,
+                before=before,
+                keep_soft=keep_soft,
+            )
+
+    def _aligned(self, done: Round, data: Trajectory) -> tuple[Trajectory, int]:
+        """What the model of a round gives its denoiser, and the denoiser calls that it took. The ranges of
+        activations are fitted to that round's data; scales are not learned for it."""
+        axes, batch_size = self.choice.axes, self.how.batch_size
+        runs = runs_of(self.source.pipeline.to(device.best()), data, self.known, batch_size)
+        made = reference.denoiser_calls(data, axes, batch_size, self.known.seed) + data.n_calls * len(runs)
+        path = self.checkpoint / f"data-{done.number + 1}.safetensors"
+        facts = [done.mark, axes.model_dump(mode="json"), str(self.choice.bits), batch_size]
+        facts.append(self.known.model_dump(mode="json"))
+        mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        kept = checkpoints.load(path, mark)
+        if kept is not None:
+            return dataclasses.replace(data, latents=kept["latents"]), made
+        context = CallContext(data.timesteps, data.noise_levels)
+        per_call = axes.time_axis is TimeAxis.PER_CALL
+        relaxed = relaxed_calls(axes.relaxing, data.n_calls) if per_call else ()
+        with wrapped(
+            self.denoiser,
+            self.sites,
+            self.choice,
+            context,
+            data.n_calls if per_call else 1,
+            factors=self.factors,
+            relaxation=Relaxation(relaxed, axes.relaxed_bits) if relaxed else None,
+        ) as quantizers:
+            set_weights(self.denoiser, done.found.weights, self.choice.bits.weight)
+            place = self.denoiser, quantizers, context, data
+            reference.calibrate(*place, axes, batch_size=batch_size, seed=self.known.seed)
+            found = aligned_trajectory(self.source.pipeline, *place, runs)
+        checkpoints.save(path, {"latents": found.latents}, mark)
+        return found, made
