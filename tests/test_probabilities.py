@@ -25,7 +25,7 @@ from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes, Probabilities, Scope, StartToken, resolve
 from halftone.runtime.integer import simulated_modules
 from halftone.runtime.layers import IntegerAttnProcessor
-from halftone.runtime.whole import WholeAttnProcessor
+from halftone.runtime.whole import BAND, Operand, WholeAttnProcessor, _probabilities, by_bands
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.source import load_source
 from halftone.start_token import has_start_token, kept_apart
@@ -109,11 +109,29 @@ def test_products_of_whole_numbers(form: Form, bits: int) -> None:
         whole = WholeAttnProcessor(*parts)
         weights = whole.weights(attn, query * 4, key, None)
         exact = [whole.mix(weights.double(), value.double()).float()]
-        if bits < 8 or form.codes is UNIFORM:
-            exact.append(IntegerAttnProcessor(*parts).mix(weights, value))
+        exact.append(IntegerAttnProcessor(*parts).mix(weights, value))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(exact[0], found, rtol=1e-6, atol=1e-6)
     assert all(torch.equal(one, found) for one in exact[1:])
+
+
+def test_every_band_of_octaves_is_exact() -> None:
+    """Values from 1 down to 2^-120 of the scale: whole steps within a band, whatever lies in others."""
+    exponents = torch.arange(120).reshape(1, 2, 60)
+    x = torch.ldexp(torch.full((1, 2, 60), 0.3), -exponents)
+    one = quantizer(Form(LOG2, Scope.TENSOR), 8)
+    operand = _probabilities(x, one)
+    assert torch.equal(operand.steps, torch.ldexp(torch.ones(1, 2, 60), BAND - 1 - exponents))
+    value = torch.randint(-128, 128, (1, 60, 3), generator=torch.Generator().manual_seed(0)).float()
+    right = Operand(value, torch.tensor(1.0), 128, 128.0 * 60)
+    rows = [[0] * 3, [0] * 3]
+    for query in range(2):
+        for key in range(60):
+            for k in range(3):  # whole numbers without an end, in units of 2^-119
+                rows[query][k] += int(value[0, key, k]) << (119 - int(exponents[0, query, key]))
+    wanted = torch.tensor(rows, dtype=torch.float64)[None] * 2.0 ** (BAND - 1 - 119)
+    found = by_bands(operand, right)
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-7, atol=0)
 
 
 def only_probabilities(pipeline: Any, form: Form) -> list[SiteQuantizer]:
@@ -233,10 +251,11 @@ def test_an_artefact_computes_what_was_calibrated(name: str, tiny_model_folder: 
     assert all(check.passed for check in artefact.verify(folder))
     pipeline = halftone.load(folder, execution="integer")
     assert np.array_equal(images(pipeline, [0, 1]), simulated), "the same bits in integers"
-    left = simulated_modules(pipeline.unet)
-    assert bool(left) == (name == "static")
-    reasons = artefact.info(folder)["integer"]["fallbacks"]
-    assert any("log2 codes of 10 bits" in reason for reason in reasons) == bool(left)
+    assert not simulated_modules(pipeline.unet)
+    facts = artefact.info(folder)
+    assert not facts["integer"]["fallbacks"]
+    kinds = {describe(site) for site in found.plan.quantized if site.kind == "probabilities"}
+    assert {how for kind, how, _ in facts["sites"] if kind == "probabilities"} == kinds
 
 
 @pytest.mark.parametrize("name", ["shared", "progressive"])

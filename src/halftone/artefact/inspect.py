@@ -92,6 +92,7 @@ def info(folder: Path | str) -> dict[str, Any]:
         "size_mib": round(manifest.size / MIB, 3),
         "over_ideal": round(stored / ideal, 4),
         "quantized_sites": len(plan.quantized),
+        "sites": [list(one) for one in plan.counts()],
         "float": dict(plan.float_list()),
         "integer": {"kernels": choose.kernels(decisions), "fallbacks": choose.fallbacks(decisions)},
         "components": {name: component_facts(described, name) for name in described.index.entries},

@@ -47,7 +47,7 @@ def info(
         print(json.dumps(facts, indent=2, sort_keys=True))
         return
     for name, value in facts.items():
-        if not isinstance(value, dict):
+        if not isinstance(value, dict | list):
             print(f"{name:22} {value}")
     known = facts["provenance"]
     print(
@@ -61,6 +61,9 @@ def info(
         where = f" {part['from']}" if "from" in part else ""
         inside = f", {len(part['float'])} tensors in float" if "float" in part else ""
         print(f"{name:22} {part['stored']}{where}, {part['size_mib']} MiB{inside}")
+    for kind, how, number in facts["sites"]:
+        if how != "float":
+            print(f"{kind:22} {how}: {number} sites")
     for reason, names in facts["float"].items():
         print(f"in float, {reason}: {len(names)} sites")
     for line in options.kernels(**facts["integer"]):

@@ -18,6 +18,7 @@ from torch import Tensor
 from halftone.quantizers.affine import SMALLEST_SCALE, check_bits
 
 _EXPONENT_BIAS = 127
+LEAST_OCTAVE = 126  # the last code that stands for a float32 above 0
 _MANTISSA_BITS = 23
 _EXPONENT_MASK = 0xFF << _MANTISSA_BITS
 # added to the bits of a float, carries into the exponent exactly where the mantissa lies above sqrt(2) =

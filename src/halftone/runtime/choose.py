@@ -21,7 +21,6 @@ _LAYER = {"input", "weight"}
 _STORED = (TimeAxis.SHARED, TimeAxis.PER_CALL)
 _FACTORS = (Granularity.TENSOR, Granularity.SAMPLE, Granularity.HEAD)  # dynamic scales of whole rows
 _WIDEST_INT8 = 8
-_KEYS, _FLOAT64 = 14, 53  # base-2 logarithms: of the most key tokens, and of sums that float64 holds
 
 
 class Kernel(StrEnum):
@@ -53,7 +52,7 @@ def choose(plan: Plan, denoiser: nn.Module) -> dict[str, Decision]:
     modules: dict[str, list[SitePlan]] = {}
     for site in plan.quantized:
         modules.setdefault(site.module, []).append(site)
-    return {name: _decide(plan, denoiser.get_submodule(name), sites) for name, sites in modules.items()}
+    return {name: _decide(denoiser.get_submodule(name), sites) for name, sites in modules.items()}
 
 
 def executed(plan: Plan, decisions: Mapping[str, Decision]) -> Plan:
@@ -85,14 +84,13 @@ def fallbacks(decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
     return found
 
 
-def _decide(plan: Plan, module: nn.Module, sites: Iterable[SitePlan]) -> Decision:
+def _decide(module: nn.Module, sites: Iterable[SitePlan]) -> Decision:
     by_kind = {site.kind: site for site in sites}
     for site in by_kind.values():
         if (reason := _unknown(site)) is not None:
             return Decision(Kernel.SIMULATED, reason)
     if by_kind.keys() == _ATTENTION:
-        reason = _too_many_octaves(plan, by_kind)
-        return Decision(Kernel.WHOLE) if reason is None else Decision(Kernel.SIMULATED, reason)
+        return Decision(Kernel.WHOLE)
     if by_kind.keys() != _LAYER or not isinstance(module, nn.Linear | nn.Conv2d):
         alone = " and ".join(by_kind)
         return Decision(Kernel.SIMULATED, f"only {alone} of this {type(module).__name__} are quantized")
@@ -130,18 +128,3 @@ def _per_tensor(site: SitePlan) -> bool:
     """Whether a call has one scale, or one for each half."""
     granularity = Granularity.TENSOR if site.split is None else Granularity.HALF
     return site.granularity is granularity and site.time_axis in _STORED
-
-
-def _too_many_octaves(plan: Plan, sites: Mapping[str, SitePlan]) -> str | None:
-    """Whether sums of octaves times values could leave what float64 holds exactly, and why."""
-    site = sites["probabilities"]
-    if site.quantizer is Quantizer.NON_NEGATIVE:
-        return None
-    relaxation = plan.relaxation
-    widths = [
-        (part.bits or 0) if relaxation is None else relaxation.width(part.bits or 0, relaxation.calls[0])
-        for part in (site, sites["value"])
-    ]
-    if 2 ** widths[0] - 1 + widths[1] + _KEYS <= _FLOAT64:
-        return None
-    return f"log2 codes of {widths[0]} bits and values of {widths[1]} have sums beyond 2^{_FLOAT64}"

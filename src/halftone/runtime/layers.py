@@ -12,10 +12,12 @@ from halftone.layers import WeightCodes
 from halftone.runtime.operands import Affine, Geometry, Product, Weight, check_nan, encode, geometry_of, wide
 from halftone.runtime.reference import batched
 from halftone.runtime.whole import (
+    BAND,
     EXACT_FLOAT32,
     Affines,
     Operand,
     WholeAttnProcessor,
+    by_bands,
     cut,
     halves_of,
     keep_float32,
@@ -105,7 +107,9 @@ class IntegerAttnProcessor(WholeAttnProcessor):
 
     def product(self, left: Operand, right: Operand) -> Tensor:
         most = left.most * right.reach
-        narrow = left.octaves or left.reach <= _EXACT_BFLOAT16
+        if left.octaves > BAND:
+            return by_bands(left, right)
+        narrow = left.octaves > 0 or left.reach <= _EXACT_BFLOAT16
         if narrow and right.reach <= _EXACT_BFLOAT16 and most < EXACT_FLOAT32:
             return torch.bmm(left.steps, right.steps)
         return batched(left.steps, right.steps, most).to(left.steps.dtype)

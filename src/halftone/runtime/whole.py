@@ -19,14 +19,14 @@ from halftone.attention import QuantizedAttnProcessor
 from halftone.layers import QuantizedLayer, WeightCodes
 from halftone.probability_quantizer import ProbabilityQuantizer
 from halftone.quantizers.affine import SMALLEST_SCALE
-from halftone.quantizers.log2 import Log2Params, fake_quantize_log2
+from halftone.quantizers.log2 import LEAST_OCTAVE, Log2Params, fake_quantize_log2
 from halftone.runtime.operands import Affine, Weight, encode, geometry_of, spread, whole, wide
-from halftone.runtime.reference import EXACT_FLOAT64, batched
+from halftone.runtime.reference import batched
 from halftone.site_quantizer import Mode, SiteQuantizer
 
 EXACT_FLOAT32 = 2**24
-WHOLE_OCTAVES = 31
-"""Octaves of log2 codes of 5 bits: 2^31, times 8 bits of a value, over 2^14 keys adds up to 2^53."""
+BAND = 24
+"""Octaves of one exact product: 2^24, times 16 bits of a value, over 2^13 keys adds up to 2^53."""
 _KEPT = ("weight_scale",)  # float32, whatever the model is cast to
 
 
@@ -147,20 +147,21 @@ class Operand(NamedTuple):
     """Whole numbers of a batched product, and what they stand for: values are scale x steps.
 
     scale: float32, () or (rows, 1, 1). reach: largest magnitude of a step. most: bound of the sum of a row's.
-    octaves: steps are powers of two.
+    octaves: how many, of steps that are powers of two; 0 of others. In every `BAND` of them steps are whole
+    multiples of the smallest.
     """
 
     steps: Tensor
     scale: Tensor
     reach: int
     most: float
-    octaves: bool = False
+    octaves: int = 0
 
 
 class WholeAttnProcessor(QuantizedAttnProcessor):
     """Simulated attention: q kᵀ and probabilities x v are products of whole numbers, scaled afterwards.
 
-    Log2 probabilities are whole multiples of the smallest of `WHOLE_OCTAVES`, dynamic scales are factors of
+    Log2 probabilities are products of their own for every `BAND` of octaves, dynamic scales are factors of
     the rows. A start token's key and column are float: scores and an outer product of their own, added.
     """
 
@@ -229,8 +230,9 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
         """Batched product of whole numbers, in their type; of octaves, whose sums soon pass what float32
         holds, by way of float64 on a CPU."""
         most = left.most * right.reach
-        if left.octaves and EXACT_FLOAT32 <= most < EXACT_FLOAT64 and left.steps.device.type == "cpu":
-            return batched(left.steps, right.steps, most).to(left.steps.dtype)
+        exact = left.octaves and left.steps.device.type == "cpu"
+        if exact and (left.octaves > BAND or most >= EXACT_FLOAT32):
+            return by_bands(left, right)
         return torch.bmm(left.steps, right.steps)
 
     def _start(self, x: Tensor, axis: int) -> tuple[Tensor | None, Tensor]:
@@ -241,16 +243,35 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
         return first, rest
 
 
+def by_bands(left: Operand, right: Operand) -> Tensor:
+    """Product with octaves: exact for every band of them, the bands added in float64."""
+    total: Tensor | None = None
+    for band in range(-(-left.octaves // BAND)):
+        unit = 2.0 ** (-BAND * band)  # the smallest step of the band
+        steps = left.steps
+        if left.octaves > BAND:
+            steps = torch.where((steps >= unit) & (steps < unit * 2.0**BAND), steps, 0.0).div_(unit)
+            if band and not bool(steps.any()):
+                continue
+        sums = batched(steps, right.steps, left.most * right.reach).mul_(unit)
+        total = sums if total is None else total.add_(sums)
+    assert total is not None
+    return total.to(left.steps.dtype)
+
+
 def _probabilities(x: Tensor, quantizer: ProbabilityQuantizer) -> Operand:
     params, terms = quantizer.at_hand(x), x.shape[-1]
     dtype = wide(x.dtype)
     if isinstance(params, Log2Params):
-        shift = min(params.high, WHOLE_OCTAVES)
-        steps = fake_quantize_log2(x.detach().float(), params).div_(params.scale).mul_(2.0**shift).to(dtype)
+        octaves = min(params.high + 1, LEAST_OCTAVE + 1)
+        shift = min(octaves, BAND) - 1
+        # octaves of the ratio: a value times its scale may be too small for float32
+        unit = Log2Params(params.scale.new_ones(()), params.bits)
+        steps = fake_quantize_log2(x.detach().float() / params.scale, unit).mul_(2.0**shift).to(dtype)
         most = min(2.0**shift * terms, 1.5 * 2.0**shift / _smallest(params.scale) + terms)
-        if params.high > shift:  # the lowest octaves are fractions
-            most = EXACT_FLOAT64
-        return Operand(steps, params.scale * 2.0**-shift, 2**shift, most, octaves=True)
+        if octaves > BAND:  # a lower band may be full
+            most = 2.0**shift * terms
+        return Operand(steps, params.scale * 2.0**-shift, 2**shift, most, octaves)
     steps = x.detach().to(dtype).div(params.scale.to(dtype)).round_().clamp_(params.low, params.high)
     most = min(float(params.high * terms), _sum_of_codes(params.scale, terms))
     return Operand(steps, params.scale, params.high, most)
