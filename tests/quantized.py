@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from halftone import artefact, provenance
-from halftone.analysis import resolve
-from halftone.calls import CallContext
+from halftone.analysis import group_plan, resolve
+from halftone.calls import CallContext, legacy_slots
 from halftone.denoiser import denoiser_of, sites
 from halftone.layers import set_weights, wrap
 from halftone.passes.calibrate import calibrate
@@ -79,7 +80,9 @@ def calibrated(
     trajectory = record(pipeline, PROMPTS, batch_size=2, **schedule)
     calls = trajectory.n_calls
     chosen: dict[str, Any] = {"recipe": recipe, "axes": axes, "protocol": Protocol.EQUAL}
-    plan = resolve(skeleton_of(pipeline, RESOLUTION), bits=width, calls=calls, **chosen)
+    skeleton = skeleton_of(pipeline, RESOLUTION)
+    skeleton = replace(skeleton, denoiser=copy.deepcopy(skeleton.denoiser))  # not to be wrapped
+    plan = resolve(skeleton, bits=width, calls=calls, **chosen)
     denoiser = denoiser_of(pipeline)
     apart = kept_apart(axes, partial(tokenizers_of, pipeline))
     found = sites(denoiser, shortcut=axes.shortcut, start_token=apart)
@@ -90,10 +93,14 @@ def calibrated(
     quantizers = wrap(denoiser, found, width, slots, context, dynamic, plan.relaxation, Form.of(axes))
     set_weights(denoiser, weights, width.weight)
     activations = calibrate(denoiser, quantizers, context, trajectory, axes, batch_size=2)
+    groups = {site: group_plan(parameters) for site, parameters in activations.items()}
+    plan = resolve(skeleton, bits=width, calls=calls, groups=groups, **chosen)
     result = CalibrationState(
         dict(weights), activations, trajectory.timesteps, trajectory.noise_levels, plan.relaxed_calls
     )
     result.save(state, known.model_copy(update={**chosen, "bits": bits}))
+    if axes.legacy_lookup:
+        context.lookup = legacy_slots(trajectory.timesteps)
     simulated.multiply_whole_numbers(denoiser, weights)  # from here on as a loaded artefact does
     return Calibrated(state, plan, pipeline, quantizers, context)
 

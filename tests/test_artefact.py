@@ -197,6 +197,10 @@ def test_a_w4_denoiser_costs_its_bits(tmp_path: Path) -> None:
         ("w4a8", "minmax", {"shortcut": "split"}),
         ("w4a6", "static", {"shortcut": "split"}),
         ("w8a8", "minmax", {"time_axis": "dynamic"}),
+        ("w4a6", "static", {"groups": 4, "relaxing": {"calls": [1]}, "start_token": "apart"}),
+        ("w8a8", "minmax", {"groups": 3, "group_axis": "position"}),
+        ("w4a6", "static", {"groups": 2, "group_layout": "aligned"}),
+        ("w4a6", "static", {"groups": 2, "legacy_lookup": True}),
     ],
 )
 def test_other_widths_and_ways_to_share_parameters(

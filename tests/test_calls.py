@@ -18,7 +18,8 @@ from diffusers import (
     UNet2DModel,
 )
 
-from halftone.calls import CallContext, noise_level
+from halftone.calls import CallContext, legacy_slots, noise_level
+from halftone.errors import UserError
 
 
 def run(pipeline: Any, steps: int = 3, prompt: str = "a red star", **options: Any) -> Any:
@@ -185,3 +186,23 @@ def test_noise_levels() -> None:
     assert noise_level(flow, float(flow.timesteps[1])) == pytest.approx(sigma / (1 - sigma))
     assert noise_level(flow, float(flow.timesteps[1]) / 1000) == pytest.approx(sigma / (1 - sigma))
     assert noise_level(object(), 3.0) is None
+
+
+def test_legacy_lookup_is_that_of_the_published_code() -> None:
+    pndm = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    pndm.set_timesteps(25)
+    times = pndm.timesteps.tolist()
+    slots = legacy_slots(times)
+    assert slots == [0, 1, 1, *range(2, 25)], "slot 25 is never used"
+    context = CallContext(times, lookup=slots)
+    assert [context.slot_for(k, t) for k, t in enumerate(times)] == list(range(26))
+    for call, slot in enumerate(slots):
+        with context.at(call):
+            assert context.slot == slot
+    assert legacy_slots([999, 749, 499, 249]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("times", [[999.5, 499.5], [999, 900, 10], [499, 999], [1200, 600]])
+def test_legacy_lookup_is_refused_where_there_is_none(times: list[float]) -> None:
+    with pytest.raises(UserError, match="legacy_lookup"):
+        legacy_slots(times)

@@ -7,6 +7,7 @@ Writes the plan (plan.json), statistics of every site (statistics.json) and a pl
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,9 +19,10 @@ from halftone.errors import UserError
 from halftone.files import write_json, write_text
 from halftone.macs import count
 from halftone.passes.state import CalibrationState, SiteParameters
-from halftone.plan import Plan
+from halftone.plan import GroupPlan, Plan
 from halftone.planner import make_plan
 from halftone.quantizers.bits import Bits
+from halftone.quantizers.groups import Axis
 from halftone.recipes import Axes
 from halftone.relaxing import relaxed_calls
 from halftone.report.plots import SiteCodes, SiteRange, ranges_svg
@@ -49,6 +51,7 @@ def analyze(calibration: Path | str, output: Path | str, *, name: str = "") -> P
         protocol=_known(calibration, "protocol", known.protocol),
         calls=len(found.timesteps),
         relaxed=found.relaxed_calls,
+        groups={site: group_plan(parameters) for site, parameters in found.activations.items()},
     )
     _check_fit(calibration, found, plan, known.model_path)
     output = Path(output)
@@ -68,10 +71,12 @@ def resolve(
     protocol: Protocol,
     calls: int,
     relaxed: tuple[int, ...] | None = None,
+    groups: Mapping[str, GroupPlan | None] | None = None,
 ) -> Plan:
     """The plan of a recipe for a model (`halftone plan` and `analyze` both end here).
 
-    relaxed: the relaxed calls; by default those that the axes name, none for `auto`. Raises UserError where
+    relaxed: the relaxed calls; by default those that the axes name, none for `auto`. groups: of activation
+    sites that are calibrated. Raises UserError where
     the axes name calls that there are not.
     """
     if relaxed is None:
@@ -89,7 +94,22 @@ def resolve(
         calls=calls,
         relaxed=relaxed,
         macs=macs,
+        groups=groups,
         float_bits=skeleton.float_bits,
+    )
+
+
+def group_plan(parameters: SiteParameters) -> GroupPlan | None:
+    """How a site is grouped, summed up; None if it is not."""
+    if parameters.groups is None:
+        return None
+    rows = [parameters.groups.row(at) for at in range(len(parameters.groups.axis))]
+    lengths = {axis: len(labels) for axis, labels in rows}
+    return GroupPlan(
+        most=max(int(labels.max()) + 1 for _, labels in rows),
+        channels=lengths.get(Axis.CHANNEL),
+        positions=lengths.get(Axis.POSITION),
+        position_calls=tuple(at for at, (axis, _) in enumerate(rows) if axis is Axis.POSITION),
     )
 
 
@@ -97,7 +117,8 @@ def statistics(found: CalibrationState, plan: Plan) -> dict[str, Any]:
     """Ranges and drift of every activation site, spread of every weight; plain values, for JSON.
 
     drift: largest over smallest range of a site over the calls, null with one call or where a range is zero.
-    log2_calls: of attention probabilities whose codes were chosen, the calls with log2 codes.
+    log2_calls: of attention probabilities whose codes were chosen, the calls with log2 codes. groups,
+    group_axes: of a grouped site, number and axis at every call, one entry if all calls share a partition.
     spread: largest over median range of a weight's output channels, null where the median is zero.
     """
     activations: list[dict[str, Any]] = []
@@ -113,6 +134,7 @@ def statistics(found: CalibrationState, plan: Plan) -> dict[str, Any]:
                     "range": _rounded(hi - lo),
                     "drift": _drift(hi - lo),
                     **_log2_calls(found.activations[site.name]),
+                    **_groups(found.activations[site.name]),
                 }
             )
     weights: list[dict[str, Any]] = []
@@ -138,6 +160,16 @@ def statistics(found: CalibrationState, plan: Plan) -> dict[str, Any]:
         "median_drift": _round(float(np.median(drifts))) if drifts else None,
         "activations": activations,
         "weights": weights,
+    }
+
+
+def _groups(parameters: SiteParameters) -> dict[str, Any]:
+    if parameters.groups is None:
+        return {}
+    rows = [parameters.groups.row(at) for at in range(len(parameters.groups.axis))]
+    return {
+        "groups": [int(labels.max()) + 1 for _, labels in rows],
+        "group_axes": [axis.name.lower() for axis, _ in rows],
     }
 
 

@@ -21,6 +21,7 @@ from halftone.errors import UserError
 _SAME_TIMESTEP = (
     1e-3  # in units of training timesteps; samplers with continuous timesteps differ in the last bits
 )
+_LEGACY_TIMESTEPS = 1000
 _LARGEST_NOISE = 1e4  # schedules with zero terminal SNR start at infinity
 
 
@@ -52,6 +53,26 @@ def noise_level(scheduler: Any, timestep: float) -> float | None:
     return None
 
 
+def legacy_slots(timesteps: Sequence[float] | Tensor) -> list[int]:
+    """The slot that DGQ's published code takes at every call: floor((1000 - t) / (1000 / n)), n the number of
+    different timesteps.
+
+    PNDM repeats one, so from its third call on each call takes what was fitted to the call before. For
+    comparison with published numbers only. Raises UserError for a sampler that has no such lookup.
+    """
+    times = [float(t) for t in timesteps]
+    count = len(set(times))
+    slots = [math.floor((_LEGACY_TIMESTEPS - t) * count / _LEGACY_TIMESTEPS) for t in times]
+    whole = all(t == int(t) for t in times)
+    # every timestep finds a slot of its own
+    if not whole or slots != sorted(slots) or set(slots) != set(range(count)):
+        raise UserError(
+            "legacy_lookup: this sampler's timesteps are not evenly spaced whole numbers below "
+            f"{_LEGACY_TIMESTEPS}; set legacy_lookup to false, or choose PNDM"
+        )
+    return slots
+
+
 class CallContext:
     """The call a denoiser is in (`index`) and the parameter slot that serves it (`slot`).
 
@@ -61,13 +82,16 @@ class CallContext:
 
     :param timesteps: timestep of every calibrated call; None: slot = index, whatever the timestep
     :param noise_levels: sigma/alpha of every calibrated call, see `noise_level`
+    :param lookup: slot that serves each calibrated call; None: its own
     """
 
     def __init__(
         self,
         timesteps: Sequence[float] | Tensor | None = None,
         noise_levels: Sequence[float] | Tensor | None = None,
+        lookup: Sequence[int] | None = None,
     ) -> None:
+        self.lookup = lookup
         self.timesteps = None if timesteps is None else [float(t) for t in timesteps]
         self.noise_levels = None if noise_levels is None else [float(s) for s in noise_levels]
         if self.timesteps is not None and len(self.noise_levels or self.timesteps) != len(self.timesteps):
@@ -128,7 +152,7 @@ class CallContext:
     def at(self, call: int) -> Iterator[CallContext]:
         """Pins the context to one calibrated call, for denoiser runs outside a sampler."""
         before = self.index, self.slot, self._pinned
-        self.index = self.slot = call
+        self.index, self.slot = call, self._slot_of(call)
         self._pinned = True
         try:
             yield self
@@ -167,7 +191,7 @@ class CallContext:
         if not self._running and timestep > self._last_timestep:
             self.index = 0
         self._last_timestep = timestep
-        self.slot = self.slot_for(self.index, timestep)
+        self.slot = self._slot_of(self.slot_for(self.index, timestep))
 
     def _after(self, denoiser: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._pinned:
@@ -181,8 +205,12 @@ class CallContext:
             math.nan if value is None else float(value.flatten()[0] if isinstance(value, Tensor) else value)
         )
 
+    def _slot_of(self, call: int) -> int:
+        return call if self.lookup is None else self.lookup[call]
+
     def slot_for(self, index: int, timestep: float) -> int:
-        """Parameter slot of call `index` at `timestep`: its own if the schedule is the calibrated one.
+        """Calibrated call that serves call `index` at `timestep`: the same if the schedule is the calibrated
+        one.
 
         Otherwise that of the nearest noise level (distance of logarithms; without a scheduler to ask, of the
         nearest timestep), the nearest index among equals, and one warning in the context's life.

@@ -28,6 +28,7 @@ from halftone.quantizers.affine import (
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.granularity import PerChannel, reduce_minmax
 from halftone.quantizers.halves import expand, labels
+from halftone.quantizers.layout import Layout, layout_of
 from halftone.quantizers.ranges import PER_TENSOR, lp_range
 from halftone.recipes import Range
 from halftone.relaxing import Relaxation
@@ -133,7 +134,11 @@ class QuantizedLayer(nn.Module):
             self.layer.weight = nn.Parameter(chosen, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.input is not None:
+        if self.input is not None and self.input.unfolds:
+            x = self.input.divided(x)
+            if self.input.observe(x):
+                return self._unfolded(x)
+        elif self.input is not None:
             x = self.input(x)
         if self.soft_weight is None:
             return self.layer(x)
@@ -141,6 +146,17 @@ class QuantizedLayer(nn.Module):
         if isinstance(self.layer, nn.Conv2d):
             return self.layer._conv_forward(x, weight, self.layer.bias)
         return functional.linear(x, weight, self.layer.bias)
+
+    def _unfolded(self, x: Tensor) -> Tensor:
+        """A convolution whose input is quantized as it is unfolded: a pixel has a scale for each tap."""
+        assert isinstance(self.layer, nn.Conv2d)
+        assert self.input is not None
+        assert self.input.layout is not None
+        window = self.input.layout.window
+        assert window is not None
+        weight = self.layer.weight if self.soft_weight is None else self.soft_weight()
+        params = self.input.index_params(window.positions(x))
+        return window.convolve(x, weight, self.layer.bias, self.layer.groups, params)
 
 
 def wrap(
@@ -176,7 +192,10 @@ def wrap(
             quantizers[site.name] = own.to(_device(denoiser))
             return quantizers[site.name]
         shared = PER_TENSOR if site.split is None else labels(site.split, _channels(denoiser, site.module))
-        made = SiteQuantizer(site, width, n_calls, context, shared, dynamic, relaxation)
+        layout = (
+            Layout() if site.kind is not SiteKind.INPUT else layout_of(denoiser.get_submodule(site.module))
+        )
+        made = SiteQuantizer(site, width, n_calls, context, shared, dynamic, relaxation, layout)
         quantizers[site.name] = made.to(_device(denoiser))
         return quantizers[site.name]
 

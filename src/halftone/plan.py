@@ -18,7 +18,9 @@ from halftone.errors import UserError
 from halftone.files import read_json, write_json
 from halftone.quantizers.bits import Bits
 from halftone.recipes import (
+    MOST_GROUPS,
     Axes,
+    GroupLayout,
     Probabilities,
     ProbabilitiesScale,
     Range,
@@ -68,10 +70,35 @@ class Granularity(StrEnum):
     ROW = "per sample or head"
     SAMPLE = "per sample"
     HEAD = "per head"
+    GROUP = "per group"
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GroupPlan(_Part):
+    """Groups of a site's channels or positions, known once it is calibrated."""
+
+    most: int = Field(ge=1, le=MOST_GROUPS, description="groups held, at the call that has most")
+    channels: int | None = Field(default=None, ge=1, description="indices, where channels are grouped")
+    positions: int | None = Field(default=None, ge=1, description="indices, where positions are grouped")
+    position_calls: tuple[int, ...] = Field(
+        default=(), description="calls whose groups are of positions, rising; 0 stands for all that share one"
+    )
+
+    def length(self, partition: int) -> int:
+        """Indices of the axis grouped. Raises ValueError where the plan does not give it."""
+        found = self.positions if partition in self.position_calls else self.channels
+        if found is None:
+            raise ValueError("the length of a grouped axis is missing")
+        return found
+
+    @property
+    def axis(self) -> str:
+        if not self.position_calls:
+            return "channels"
+        return "channels or positions" if self.channels is not None else "positions"
 
 
 class SitePlan(_Part):
@@ -96,6 +123,7 @@ class SitePlan(_Part):
     division: Division | None = Field(
         default=None, description="of a reparameterized layer's input, None of any other site"
     )
+    groups: GroupPlan | None = Field(default=None, description="None before calibration")
     time_axis: TimeAxis | None = Field(default=None, description="None for a weight, which no call changes")
     start_apart: Literal[True] | None = Field(
         default=None, description="the first key token, a start token, stays in float"
@@ -216,6 +244,11 @@ class Plan(_Part):
         return 0 if site.time_axis is TimeAxis.DYNAMIC else self.slots
 
     @property
+    def partitions(self) -> int:
+        """Rows of labels that a grouped site holds: one a call, or one for all."""
+        return partitions(self.axes, self.calls)
+
+    @property
     def quantized(self) -> tuple[SitePlan, ...]:
         return tuple(site for site in self.sites if site.bits is not None)
 
@@ -294,8 +327,9 @@ def describe(site: SitePlan) -> str:
         None: "",
     }[site.time_axis]
     apart = "" if not site.start_apart else f", start {'row' if site.kind == 'key' else 'column'} apart"
+    groups = f" of {site.groups.axis} ({site.groups.most})" if site.groups is not None else ""
     divided = "" if site.division is None else f", divided {site.division}"
-    return f"{site.bits}-bit {site.quantizer}, {site.granularity}{time}{apart}{divided}"
+    return f"{site.bits}-bit {site.quantizer}, {site.granularity}{groups}{time}{apart}{divided}"
 
 
 def describe_relaxing(plan: Plan) -> str | None:
@@ -332,6 +366,24 @@ def probabilities_of(axes: Axes) -> tuple[Quantizer, Granularity, TimeAxis]:
         return quantizer, Granularity(f"per {axes.probabilities_scope}"), TimeAxis.DYNAMIC
     dynamic = axes.time_axis is TimeAxis.DYNAMIC
     return quantizer, Granularity.ROW if dynamic else Granularity.TENSOR, axes.time_axis
+
+
+def partitions(axes: Axes, calls: int) -> int:
+    """Rows of labels that a grouped site holds."""
+    free = axes.group_layout is GroupLayout.FREE and axes.time_axis is TimeAxis.PER_CALL
+    return calls if free else 1
+
+
+def label_bits(groups: int) -> int:
+    """Of a label, the number of a group: 0 where there is one group, else 2 at least."""
+    return 0 if groups == 1 else max(2, (groups - 1).bit_length())
+
+
+def label_bytes(groups: GroupPlan, rows: int) -> int:
+    """Of a site's labels, packed, in `rows` partitions."""
+    of_positions = len(groups.position_calls)
+    count = of_positions * (groups.positions or 0) + (rows - of_positions) * (groups.channels or 0)
+    return -(-label_bits(groups.most) * count // 8)
 
 
 def _average(bits: int, calls: int, relaxation: Relaxation | None) -> float:

@@ -11,15 +11,18 @@ from halftone.plan import (
     Division,
     Execution,
     Granularity,
+    GroupPlan,
     Plan,
     Quantizer,
     SitePlan,
     Sizes,
+    label_bytes,
     parameter_slots,
+    partitions,
     probabilities_of,
 )
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Range, TimeAxis
+from halftone.recipes import Axes, GroupLayout, Range, TimeAxis
 from halftone.relaxing import Relaxation
 from halftone.settings import Protocol
 
@@ -44,13 +47,16 @@ def make_plan(
     calls: int,
     relaxed: tuple[int, ...] = (),
     macs: Macs | None = None,
+    groups: Mapping[str, GroupPlan | None] | None = None,
     float_bits: int = FLOAT_BITS,
     execution: Execution = Execution.SIMULATED,
 ) -> Plan:
     """Resolve `axes` and `bits` for the sites of a denoiser, which may lie on the meta device.
 
     relaxed: the relaxed calls. macs: from `halftone.macs.count`, or None where they cannot be told; the plan
-    then has no bit operations. float_bits: width of the floats in the model's file.
+    then has no bit operations. groups: of the activation sites, once they are calibrated (None of one that
+    has no axes to group); before, every site is thought to have as many as the axes ask for. float_bits:
+    width of the floats in the model's file.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
     relaxation = Relaxation(relaxed, axes.relaxed_bits) if relaxed else None
@@ -60,7 +66,8 @@ def make_plan(
     sites = tuple(sites)
     divided = divisions(reparameterized_layers(denoiser, sites, axes))
     resolved = tuple(
-        _resolve(site, shapes, axes, bits, slots, macs, execution, divided.get(site.module)) for site in sites
+        _resolve(site, shapes, axes, bits, slots, macs, groups, execution, divided.get(site.module))
+        for site in sites
     )
     # factors that the quantize step divides by; folded ones are in the weights
     kept = [name for name, where in divided.items() if where is Division.QUANTIZE_STEP]
@@ -75,7 +82,7 @@ def make_plan(
         denoiser=type(denoiser).__name__,
         calls=calls,
         sites=resolved,
-        sizes=_sizes(resolved, total, float_bits, relaxation, factors),
+        sizes=_sizes(resolved, total, float_bits, relaxation, factors, axes, calls),
         bit_operations=None if macs is None else _bit_operations(resolved, macs, calls, relaxation),
     )
 
@@ -87,6 +94,7 @@ def _resolve(
     bits: Bits,
     slots: int,
     macs: Macs | None,
+    groups: Mapping[str, GroupPlan | None] | None,
     execution: Execution,
     division: Division | None,
 ) -> SitePlan:
@@ -129,18 +137,23 @@ def _resolve(
     quantizer, granularity, time_axis = probabilities_of(axes) if probabilities else treatment
     # the scale of log2 codes and of what is dynamic is a maximum
     own = probabilities and (quantizer is Quantizer.LOG2 or time_axis is not axes.time_axis)
+    known = None if groups is None else groups.get(site.name)
+    grouped = axes.groups > 1 and not probabilities and (known is not None or groups is None)
+    held = (axes.groups if known is None else known.most) if grouped else halves
     return SitePlan(
         **common,
         execution=execution,
         bits=bits.softmax if probabilities else bits.activation,
         quantizer=quantizer,
-        granularity=granularity,
-        range=Range.MINMAX if own else axes.activation_range,
+        granularity=Granularity.GROUP if grouped else granularity,
+        # groups reach from smallest to largest value
+        range=Range.MINMAX if own or grouped else axes.activation_range,
         split=site.split,
         division=division if site.kind is SiteKind.INPUT else None,
+        groups=known,
         time_axis=time_axis,
         start_apart=True if site.start else None,
-        parameters=0 if time_axis is TimeAxis.DYNAMIC else halves * slots,
+        parameters=0 if time_axis is TimeAxis.DYNAMIC else held * slots,
     )
 
 
@@ -151,11 +164,22 @@ def _granularity(site: Site, axes: Axes) -> Granularity:
 
 
 def _sizes(
-    sites: Sequence[SitePlan], total: int, float_bits: int, relaxation: Relaxation | None, factors: int
+    sites: Sequence[SitePlan],
+    total: int,
+    float_bits: int,
+    relaxation: Relaxation | None,
+    factors: int,
+    axes: Axes,
+    calls: int,
 ) -> Sizes:
+    grouped = [site.groups for site in sites if site.groups is not None]
+    # zero points of free groups lie outside the codes, and one table holds those of all sites
+    least = 2 if grouped and axes.group_layout is GroupLayout.FREE else 1
+
     def code_bytes(site: SitePlan) -> int:
-        most = 0 if relaxation is None or site.elements is not None else relaxation.bits
-        return _code_bytes(max(site.bits or 0, most))
+        if site.elements is not None:
+            return _code_bytes(site.bits or 0)
+        return max(least, _code_bytes(max(site.bits or 0, 0 if relaxation is None else relaxation.bits)))
 
     weights = [site for site in sites if site.elements is not None and site.bits is not None]
     quantized = sum(site.elements or 0 for site in weights)
@@ -164,6 +188,7 @@ def _sizes(
         original=total * float_bits // 8,
         packed=sum(_packed(site.elements or 0, site.bits or 0) for site in weights),
         parameters=sum(site.parameters * (_SCALE_BYTES + code_bytes(site)) for site in sites)
+        + sum(label_bytes(groups, partitions(axes, calls)) for groups in grouped)
         + _FACTOR_BYTES * factors,
         left_float=(total - quantized) * float_bits // 8,
     )

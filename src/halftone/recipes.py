@@ -23,6 +23,7 @@ from halftone.quantizers.bits import HIGHEST, LOWEST
 from halftone.relaxing import Interval, Relaxing
 
 FULL_PRECISION = "fp"
+MOST_GROUPS = 32
 
 
 class Range(StrEnum):
@@ -75,6 +76,25 @@ class Shortcut(StrEnum):
 
     WHOLE = "whole"
     SPLIT = "split"
+
+
+class GroupAxis(StrEnum):
+    """Axis of an activation whose indices are grouped: the one whose extremes differ more, or a fixed one."""
+
+    AUTO = "auto"
+    CHANNEL = "channel"
+    POSITION = "position"
+
+
+class GroupLayout(StrEnum):
+    """Any partition, one for each call (DGQ), or one that integer kernels can run.
+
+    `aligned` (ours): contiguous after a permutation of the axis that all calls share, cut at multiples of 64
+    indices (of 16 where the axis has fewer than 512).
+    """
+
+    FREE = "free"
+    ALIGNED = "aligned"
 
 
 class StepSize(StrEnum):
@@ -271,6 +291,22 @@ class Axes(BaseModel):
         ge=1,
         description="adaptive: uniform groups of calls that share a choice; null: every call its own",
     )
+    groups: int = Field(
+        1,
+        ge=1,
+        le=MOST_GROUPS,
+        description="of channels or positions of an activation, each with a range of its own, from "
+        "smallest to largest value (DGQ); 1: one range, found as activation_range says",
+    )
+    group_axis: GroupAxis = Field(GroupAxis.AUTO, description="what is grouped: auto, channel or position")
+    group_layout: GroupLayout = Field(
+        GroupLayout.FREE, description="any groups (free), or ones that kernels can run (aligned)"
+    )
+    legacy_lookup: bool = Field(
+        False,
+        description="look parameters up by timestep, as DGQ's published code does; under PNDM most calls "
+        "then take those of the call before",
+    )
     relaxing: Relaxing = Field(
         Interval.NONE,
         description="calls whose activations get more bits: none, near_x0, near_xT, auto, {share: [s, e]} "
@@ -321,6 +357,7 @@ class Axes(BaseModel):
                 "probabilities_scope: says what shares a dynamic scale; write probabilities_scale: dynamic"
             )
         self._check_adaptive()
+        self._check_groups()
         if self.temporal_block is TemporalBlock.APART and self.rounding is Rounding.NEAREST:
             raise ValueError("temporal_block apart: nothing is learned with rounding nearest")
         self._check_rounds()
@@ -365,6 +402,33 @@ class Axes(BaseModel):
         if how is not Reparameterization.SMOOTH and self.smooth_exponent != _default("smooth_exponent"):
             raise ValueError("smooth_exponent: of reparameterization smooth; leave it out")
 
+    def _check_groups(self) -> None:
+        aligned = self.group_layout is GroupLayout.ALIGNED
+        if self.legacy_lookup and (
+            self.time_axis is not TimeAxis.PER_CALL
+            or self.calibration_inputs is not CalibrationInputs.REFERENCE
+            or self.relaxing != Interval.NONE
+        ):
+            raise ValueError(
+                "legacy_lookup: takes parameters of other calls; write time_axis: per_call, "
+                "calibration_inputs: reference, relaxing: none with it"
+            )
+        if self.groups == 1:
+            if aligned or self.group_axis is not GroupAxis.AUTO:
+                raise ValueError("group_axis, group_layout: there is one group; write groups: 2 or more")
+            return
+        if self.time_axis is TimeAxis.DYNAMIC:
+            raise ValueError("groups: need stored parameters, time_axis is dynamic")
+        if self.shortcut is Shortcut.SPLIT:
+            raise ValueError("groups: tell the halves of a shortcut apart themselves; write shortcut: whole")
+        if self.step_size is StepSize.LEARNED:
+            raise ValueError("groups: take their scales from their ranges; write step_size: fitted")
+        if aligned and self.group_axis is GroupAxis.POSITION:
+            raise ValueError(
+                "group_layout aligned: no kernel groups positions of a convolution; "
+                "write group_axis: channel or auto"
+            )
+
     @model_serializer(mode="wrap")
     def _said(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without the choices of `_UNSAID` where they are neutral: plans of other recipes, and with them the
@@ -381,6 +445,10 @@ _ADAPTIVE = ("adaptive_selector", "adaptive_alternative", "adaptive_xmin", "adap
 _ATTENTION = ("probabilities", "start_token", "probabilities_scale", "probabilities_scope", *_ADAPTIVE)
 _UNSAID = (
     *_ATTENTION,
+    "groups",
+    "group_axis",
+    "group_layout",
+    "legacy_lookup",
     "reparameterization",
     "reparameterization_layers",
     "reparameterization_groups",

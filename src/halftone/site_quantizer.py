@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from halftone.denoiser import Site, SiteKind
 from halftone.errors import UserError
 from halftone.quantizers.affine import AffineParams, fake_quantize, fit_affine, fit_non_negative
 from halftone.quantizers.granularity import Granularity, PerChannel, reduce_minmax
+from halftone.quantizers.groups import Axis, Grouping
+from halftone.quantizers.layout import Layout
 from halftone.quantizers.ranges import PER_TENSOR
 from halftone.relaxing import Relaxation
 
@@ -33,6 +35,14 @@ class Observer(Protocol):
     def update(self, x: Tensor) -> None: ...
 
 
+class Parameters(NamedTuple):
+    """Of one activation site: scale and zero point as its quantizer holds them, and its groups, if any."""
+
+    scale: Tensor
+    zero_point: Tensor
+    groups: Grouping | None = None
+
+
 class SiteQuantizer(nn.Module):
     """The quantizer of one activation site, with parameters per call or shared over the calls.
 
@@ -40,9 +50,11 @@ class SiteQuantizer(nn.Module):
     float32 of shape (n_calls, ...) or (1, ...): entry `context.slot` (or 0) broadcasts against the tensor.
     They are NaN until set, and stay float32 when the model is cast. A `dynamic` quantizer has none: it takes
     those of every row (index of the first axis: a sample, or a head of one) from the row itself, so a row
-    depends on no other. `soft_params`, when set, is called at every forward for the parameters to use
-    instead, with gradients (step-size learning). `divisor`, when set, divides the tensor first, whatever the
-    mode: a factor per channel that the weight has been multiplied by (reparameterization).
+    depends on no other. Where `groups` are set, scale and zero point are (n_calls, groups), one for each
+    group of indices of one axis of the tensor, which `layout` finds. `soft_params`, when set, is called at
+    every forward for the parameters to use instead, with gradients (step-size learning). `divisor`, when set,
+    divides the tensor first, whatever the mode: a factor per channel that the weight has been multiplied by
+    (reparameterization).
     """
 
     scale: Tensor
@@ -58,12 +70,15 @@ class SiteQuantizer(nn.Module):
         granularity: Granularity = PER_TENSOR,
         dynamic: bool = False,
         relaxation: Relaxation | None = None,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         self.site, self.bits, self.context = site, bits, context
         self.widths = [bits] * n_calls if relaxation is None else relaxation.widths(bits, n_calls)
         self.granularity, self.dynamic = granularity, dynamic
         self.non_negative = site.kind is SiteKind.PROBABILITIES
+        self.layout = layout
+        self.groups: Grouping | None = None
         self.mode = Mode.OFF
         self.observer: Observer | None = None
         self.soft_params: Callable[[], AffineParams] | None = None
@@ -71,31 +86,37 @@ class SiteQuantizer(nn.Module):
         self.register_buffer("zero_point", torch.full((n_calls,), torch.nan))
         self.register_buffer("divisor", None)
         self._fast: list[tuple[Tensor, float, float] | None] = []
+        self._by_index: dict[int, AffineParams] = {}
 
     @property
     def n_calls(self) -> int:
         """Number of parameter slots; 1 where they are shared."""
         return self.scale.shape[0]
 
-    def set_parameters(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Parameters of every call at once, (n_calls, ...) or (1, ...)."""
+    def set_parameters(self, scale: Tensor, zero_point: Tensor, groups: Grouping | None = None) -> None:
+        """Parameters of every call at once, (n_calls, ...) or (1, ...); with groups (n_calls, groups)."""
         if scale.shape != zero_point.shape or scale.shape[0] not in (1, self.n_calls):
             raise ValueError(
                 f"{self.site.name}: scale {tuple(scale.shape)} and zero point {tuple(zero_point.shape)} "
                 f"do not fit {self.n_calls} calls"
             )
+        if groups is not None:
+            self._check_groups(groups, scale)
+            groups = Grouping(*(part.clone() for part in groups))
         device = self.scale.device
         # copies: `set_call` writes into them
         self.scale = scale.detach().to(device, torch.float32, copy=True)
         self.zero_point = zero_point.detach().to(device, torch.float32, copy=True)
-        self._fast = []
+        self.groups = groups
+        self._forget()
 
     def divided(self, x: Tensor) -> Tensor:
         """The tensor as it is quantized: divided by its factors, where it has any; of its own dtype."""
         return x if self.divisor is None else (x / self.divisor).to(x.dtype)
 
-    def set_call(self, call: int, params: AffineParams) -> None:
-        """Parameters of one call (of all, where they are shared)."""
+    def set_call(self, call: int, params: AffineParams, groups: Grouping | None = None) -> None:
+        """Parameters of one call (of all, where they are shared). groups: one row, for a site that has groups
+        at every call; where one partition serves all calls it stays."""
         slot = call if self.n_calls > 1 else 0
         if self.scale[slot].shape != params.scale.shape:
             if params.scale.shape != params.zero_point.shape:
@@ -104,7 +125,11 @@ class SiteQuantizer(nn.Module):
             self.scale, self.zero_point = room, room.clone()
         self.scale[slot] = params.scale.to(self.scale.device)
         self.zero_point[slot] = params.zero_point.to(self.scale.device)
-        self._fast = []
+        if groups is not None:
+            assert self.groups is not None
+            if len(self.groups.axis) > 1:
+                self.groups.axis[slot], self.groups.labels[slot] = groups.axis[0], groups.labels[0]
+        self._forget()
 
     def params(self, slot: int | None = None) -> AffineParams:
         """Parameters in use, or those of a slot."""
@@ -119,14 +144,8 @@ class SiteQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x, of its own shape and dtype. Raises RuntimeError when quantizing without parameters."""
         x = self.divided(x)
-        if self.mode is Mode.OFF:
+        if not self.observe(x):
             return x
-        if self.mode is not Mode.QUANTIZE:
-            if self.observer is None:
-                raise RuntimeError(f"{self.site.name}: asked to observe, but no observer was set")
-            self.observer.update(x)
-            if self.mode is Mode.OBSERVE:
-                return x
         return self.quantized(x)
 
     def quantized(self, x: Tensor) -> Tensor:
@@ -137,6 +156,10 @@ class SiteQuantizer(nn.Module):
             return fake_quantize(x, self.params_of(x))
         if not self._fast:
             self._prepare()
+        if self.groups is not None:
+            assert self.layout is not None
+            params = self.index_params(self.layout.positions(x))
+            return fake_quantize(self.layout.rows(x), params).reshape(x.shape)
         fast = self._fast[self.context.slot if len(self._fast) > 1 else 0]
         if fast is None or (x.requires_grad and torch.is_grad_enabled()):
             return fake_quantize(x, self.params())
@@ -155,6 +178,53 @@ class SiteQuantizer(nn.Module):
     def learnable(self) -> bool:
         """Whether the site has stored scales of even steps, which step-size learning can move."""
         return not self.dynamic
+
+    def observe(self, x: Tensor) -> bool:
+        """Show a tensor to the observer, as the mode has it; whether the tensor is then to be quantized."""
+        if self.mode is Mode.OFF:
+            return False
+        if self.mode is not Mode.QUANTIZE:
+            if self.observer is None:
+                raise RuntimeError(f"{self.site.name}: asked to observe, but no observer was set")
+            self.observer.update(x)
+        return self.mode is not Mode.OBSERVE
+
+    @property
+    def unfolds(self) -> bool:
+        """Whether the layer must unfold its input at the present call, and quantize it then."""
+        if self.groups is None or self.layout is None:
+            return False
+        axis, labels = self.groups.row(self.context.slot)
+        return self.layout.unfolded(axis, len(labels))
+
+    def index_params(self, positions: int) -> AffineParams:
+        """Of every index of the grouped axis at the present call, in a shape that broadcasts against rows.
+
+        Raises UserError where groups of positions were fitted to another number of them.
+        """
+        assert self.groups is not None
+        assert self.layout is not None
+        slot = self.context.slot if self.n_calls > 1 else 0
+        if slot not in self._by_index:
+            if not self._fast:
+                self._prepare()
+            axis, labels = self.groups.row(slot)
+            params = self.params(slot)
+            scale, zero_point = (
+                self.layout.along(axis, each[labels]) for each in (params.scale, params.zero_point)
+            )
+            self._by_index[slot] = AffineParams(scale, zero_point, params.bits)
+        found = self._by_index[slot]
+        axis, count = (
+            Axis(int(self.groups.axis[slot if len(self.groups.axis) > 1 else 0])),
+            found.scale.numel(),
+        )
+        if axis is Axis.POSITION and count != positions:
+            raise UserError(
+                f"{self.site.name}: its {count} positions are grouped, and here are {positions}; "
+                "use the resolution of the calibration, or calibrate for this one"
+            )
+        return found
 
     def params_of(self, x: Tensor) -> AffineParams:
         """Parameters of a dynamic quantizer for this tensor, one per row.
@@ -188,8 +258,19 @@ class SiteQuantizer(nn.Module):
             moved = self._buffers[name]
             if buffer is not None and moved is not None:
                 self._buffers[name] = buffer.to(moved.device)
-        self._fast = []
+        self._forget()
         return self
+
+    def _forget(self) -> None:
+        self._fast, self._by_index = [], {}
+
+    def _check_groups(self, groups: Grouping, scale: Tensor) -> None:
+        rows = len(groups.axis)
+        sound = self.layout is not None and scale.ndim == 2 and rows == len(groups.labels)
+        if not sound or rows not in (1, self.n_calls):
+            raise ValueError(
+                f"{self.site.name}: groups of {rows} calls do not fit scales {tuple(scale.shape)}"
+            )
 
 
 def set_mode(quantizers: Mapping[str, SiteQuantizer] | Iterable[SiteQuantizer], mode: Mode) -> None:

@@ -51,7 +51,9 @@ def _parameters(layer: Any) -> tuple[Any, ...] | None:
     if quantizer.dynamic:
         return context.run_number, quantizer.bits
     params = quantizer.params()
-    return context.run_number, params.bits, params.scale.tolist(), params.zero_point.tolist()
+    axis, labels = (None, None) if quantizer.groups is None else quantizer.groups.row(context.slot)
+    groups = None if labels is None else (axis, labels.tolist())
+    return context.run_number, params.bits, params.scale.tolist(), params.zero_point.tolist(), groups
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from halftone.artefact import tensors
-from halftone.artefact.load import Description, empty_denoiser
-from halftone.calls import CallContext
+from halftone.artefact.load import Description, context_of, empty_denoiser
 from halftone.errors import UserError
 from halftone.runtime import integer, simulated
 from halftone.runtime.parity import Built, Parity, failures, measure
@@ -28,7 +27,7 @@ def certify(
         raise UserError("the trajectory has other timesteps than the calibration; run calibrate again")
 
     def built(build: Any) -> Built:
-        denoiser, context = empty_denoiser(written), CallContext(stored.timesteps, stored.noise_levels)
+        denoiser, context = empty_denoiser(written), context_of(stored, written.plan)
         parts = {
             "weights": stored.weights,
             "activations": stored.activations,

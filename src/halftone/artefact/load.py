@@ -23,7 +23,7 @@ from halftone.artefact.manifest import (
     check_files,
     read_manifest,
 )
-from halftone.calls import CallContext
+from halftone.calls import CallContext, legacy_slots
 from halftone.components import INDEX, Entry, Index, assemble, empty_component, load_component, read_index
 from halftone.errors import UserError
 from halftone.files import read_json, sha256
@@ -93,7 +93,7 @@ def load(
     described = describe(Path(artefact))
     denoiser = empty_denoiser(described)
     contents = tensors.load(described.tensors, described.plan, denoiser)
-    context = CallContext(contents.timesteps, contents.noise_levels)
+    context = context_of(contents, described.plan)
     build(
         denoiser,
         described.plan,
@@ -118,6 +118,12 @@ def load(
     context.attach(denoiser, pipeline)
     denoiser.save_pretrained = pipeline.save_pretrained = partial(_refuse_saving, described.folder)
     return pipeline
+
+
+def context_of(contents: tensors.Contents, plan: Plan) -> CallContext:
+    """The call context of an artefact's denoiser, not attached."""
+    lookup = legacy_slots(contents.timesteps) if plan.axes.legacy_lookup else None
+    return CallContext(contents.timesteps, contents.noise_levels, lookup)
 
 
 def _refuse_saving(artefact: Path, *arguments: Any, **options: Any) -> None:

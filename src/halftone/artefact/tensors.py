@@ -9,6 +9,7 @@
 | activation/zero_point | uint8, else int16 or int32 | (parameters of all activation sites,) |
 | activation/divisor | float16 | (channels of all inputs divided in the quantize step,) |
 | probabilities/log2 | uint8 | packed bits: calls of all attention probabilities that take either codes |
+| activation/groups | uint8 | packed labels of all grouped sites; only where there are any |
 | float/NAME | float16, else bfloat16, else float32 | as the parameter or buffer NAME of the denoiser |
 | timesteps, noise_levels | float64 | (calls,) |
 
@@ -17,7 +18,9 @@ bytes. An activation site takes one entry per call, one where its parameters are
 per call all the same where calls are relaxed), and none where they are dynamic. A split site takes two where
 another takes one: for each output channel, or each call, that of the first half and that of the second.
 `activation/divisor` is there where the plan names inputs that are divided in the quantize step; the factors
-of other reparameterized layers are folded into weights and float tensors. A float tensor takes the smallest
+of other reparameterized layers are folded into weights and float tensors. A grouped site takes one entry for
+each of its groups at each call, and labels: for each call (or once, where one partition serves all) the group
+of every index of the axis that the plan names, packed at 2 to 5 bits. A float tensor takes the smallest
 type that holds each of its values exactly. Which keys there are and how long they are follows from the plan
 and the denoiser's configuration; reading refuses any other set.
 """
@@ -33,17 +36,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from halftone.artefact import strict
+from halftone.artefact import groups, strict
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
 from halftone.plan import Division, Plan, Quantizer, SitePlan
 from halftone.quantizers import halves
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import pack, packed_size, unpack
+from halftone.site_quantizer import Parameters
 
 FILE = "quantized.safetensors"
 DIVISOR = "activation/divisor"
 CHOICES = "probabilities/log2"
+GROUPS = "activation/groups"
 _WHOLE = (torch.uint8, torch.int16, torch.int32)
 
 
@@ -51,14 +56,14 @@ _WHOLE = (torch.uint8, torch.int16, torch.int32)
 class Contents:
     """What a quantized denoiser consists of, unpacked.
 
-    weights: codes and parameters by module; activations: (scale, zero_point) float32 by site name;
+    weights: codes and parameters by module; activations: what quantizers hold, by site name;
     floats: every other entry of the denoiser's state dict, float32 where floating point. divisors:
     (channels,) by module, of the inputs that are divided in the quantize step. choices: of probabilities that
     take uniform or log2 codes, bool (calls,), by site name.
     """
 
     weights: dict[str, WeightCodes]
-    activations: dict[str, tuple[Tensor, Tensor]]
+    activations: dict[str, Parameters]
     floats: dict[str, Tensor]
     timesteps: Tensor
     noise_levels: Tensor
@@ -93,7 +98,7 @@ def save(path: Path, contents: Contents, plan: Plan) -> None:
         except ValueError as fault:
             raise UserError(f"weight of {module}: {fault}; run halftone calibrate again") from None
     weights = [_compact(contents.weights[site.module][1:], site, 1) for site in weight_sites(plan)]
-    activations = [_compact(contents.activations[site.name], site, 2) for site in activation_sites(plan)]
+    activations = [_held(contents.activations[site.name], site) for site in activation_sites(plan)]
     for group, pairs in (
         ("weight", weights),
         ("activation", activations),
@@ -109,6 +114,9 @@ def save(path: Path, contents: Contents, plan: Plan) -> None:
             )
     if adaptive := adaptive_sites(plan):
         tensors[CHOICES] = _bits(torch.cat([contents.choices[site.name] for site in adaptive]))
+    if grouped := grouped_sites(plan):
+        labels = [groups.pack_labels(contents.activations[site.name].groups, site, plan) for site in grouped]
+        tensors[GROUPS] = torch.cat(labels)
     for name, value in contents.floats.items():
         tensors[f"{strict.FLOAT}{name}"] = strict.smallest(value)
     tensors["timesteps"] = contents.timesteps.double()
@@ -150,10 +158,11 @@ def expected_tensors(plan: Plan, denoiser: nn.Module) -> strict.Expected:
                 f"plan: {site.name[:200]} has {site.parameters} parameters, not {weight.shape[0]}"
             )
     for site in activation_sites(plan):
-        if site.parameters != plan.slots_of(site) * _halves(site):
+        if site.parameters != plan.slots_of(site) * _entries(site):
             raise UserError(
                 f"plan: {site.name[:200]} has {site.parameters} parameters for {plan.calls} calls"
             )
+        groups.check(site, plan, denoiser)
     for group, sites in (("weight", weight_sites(plan)), ("activation", activation_sites(plan))):
         entries = sum(site.parameters for site in sites)
         expected[f"{group}/scale"] = (torch.float32,), (entries,)
@@ -164,6 +173,9 @@ def expected_tensors(plan: Plan, denoiser: nn.Module) -> strict.Expected:
                 raise UserError(f"plan: {site.name[:200]} is divided, but the denoiser has no such layer")
         channels = sum(state[f"{site.module}.weight"].shape[1] for site in divided)
         expected[DIVISOR] = (torch.float16,), (channels,)
+    if grouped := grouped_sites(plan):
+        size = sum(groups.packed_labels(site, plan) for site in grouped)
+        expected[GROUPS] = (torch.uint8,), (size,)
     for name, value in state.items():
         if name not in quantized:
             expected[f"{strict.FLOAT}{name}"] = strict.types_of(value), tuple(value.shape)
@@ -187,12 +199,14 @@ def _unpacked(path: Path, plan: Plan, denoiser: nn.Module, tensors: Mapping[str,
         weights[site.module] = WeightCodes(
             codes, *(_per_channel(value, site, shape) for value in (scale, zero_point))
         )
+    labels = groups.unpack_all(path, grouped_sites(plan), plan, tensors.get(GROUPS))
     activations = {}
     for site, scale, zero_point in _split(activation_sites(plan), "activation", tensors):
         shape = shapes.get(f"{site.module}.weight", ())
-        activations[site.name] = (
+        activations[site.name] = Parameters(
             _per_call(scale, site, shape),
             _per_call(zero_point, site, shape),
+            labels.get(site.name),
         )
     floats: dict[str, Any] = {
         name.removeprefix(strict.FLOAT): value.float() if value.is_floating_point() else value
@@ -240,6 +254,23 @@ def _halves(site: SitePlan) -> int:
     return 1 if site.split is None else 2
 
 
+def _entries(site: SitePlan) -> int:
+    """Scales that an activation site holds at a call."""
+    return _halves(site) if site.groups is None else site.groups.most
+
+
+def grouped_sites(plan: Plan) -> list[SitePlan]:
+    return [site for site in activation_sites(plan) if site.groups is not None]
+
+
+def _held(parameters: Parameters, site: SitePlan) -> list[Tensor]:
+    """An activation's parameters as they lie in memory -> one entry per half or group."""
+    pair = parameters.scale, parameters.zero_point
+    if site.groups is not None:
+        return [value[:, : site.groups.most] for value in pair]
+    return _compact(pair, site, 2)
+
+
 def _compact(values: Sequence[Tensor], site: SitePlan, axis: int) -> list[Tensor]:
     """Parameters as they lie in memory -> one entry per half."""
     return [value if site.split is None else halves.compact(value, site.split, axis) for value in values]
@@ -254,8 +285,10 @@ def _per_channel(values: Tensor, site: SitePlan, shape: tuple[int, ...]) -> Tens
 
 
 def _per_call(values: Tensor, site: SitePlan, shape: tuple[int, ...]) -> Tensor:
-    """Entries of an activation, in memory: (slots,), or (slots, 1, channels, ...) where it is split, for the
-    input of a layer whose weight has this shape."""
+    """Entries of an activation, in memory: (slots,), (slots, groups), or, for the input of a layer whose
+    weight has this shape, (slots, 1, channels, ...) where it is split."""
+    if site.groups is not None:
+        return values.reshape(-1, site.groups.most)
     if site.split is None:
         return values
     rest = (1,) * (len(shape) - 2)

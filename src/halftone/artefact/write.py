@@ -112,9 +112,7 @@ def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Modu
             for name, value in denoiser.state_dict().items()
             if not (name.endswith(".weight") and name.removesuffix(".weight") in state.weights)
         }
-    activations = {
-        site: (parameters.scale, parameters.zero_point) for site, parameters in state.activations.items()
-    }
+    activations = {site: parameters.quantizer for site, parameters in state.activations.items()}
     choices = {
         site: parameters.log2 for site, parameters in state.activations.items() if parameters.log2 is not None
     }

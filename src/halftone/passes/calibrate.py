@@ -20,14 +20,16 @@ from halftone.denoiser import SiteKind
 from halftone.errors import UserError
 from halftone.passes import checkpoint as checkpoints
 from halftone.passes.adaptive import Chooser, group_of
+from halftone.passes.grouping import IndexExtremes, ends_of, estimator, fit_site, is_grouped, partition
 from halftone.passes.samples import calibration_prompts
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
 from halftone.probability_quantizer import ProbabilityQuantizer
 from halftone.progress import Progress
 from halftone.quantizers.affine import AffineParams
+from halftone.quantizers.groups import Grouping
 from halftone.quantizers.log2 import fit_log2
 from halftone.quantizers.ranges import Estimator, MinMax, make_estimator
-from halftone.recipes import Axes, Probabilities, Selector, TimeAxis
+from halftone.recipes import Axes, GroupLayout, Probabilities, Selector, TimeAxis
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs
 
@@ -125,10 +127,21 @@ class _Watch:
 
 
 class Walk:
-    """Calibration in progress: what was found of each site at the calls done so far, by column."""
+    """Calibration in progress: what was found of each site at the calls done so far, by column.
 
-    def __init__(self, quantizers: Mapping[str, SiteQuantizer], axes: Axes) -> None:
-        self.quantizers, self.axes = quantizers, axes
+    groups: partitions that are given; others are found in what is seen. One that all calls share (`aligned`)
+    can be found after the last of them, so until then the extremes of every index at every call are kept.
+    """
+
+    def __init__(
+        self,
+        quantizers: Mapping[str, SiteQuantizer],
+        axes: Axes,
+        groups: Mapping[str, Grouping] | None = None,
+    ) -> None:
+        self.quantizers, self.axes, self.groups = quantizers, axes, groups or {}
+        self.one_partition = axes.group_layout is GroupLayout.ALIGNED
+        self.kept: dict[str, list[dict[str, Tensor]]] = {}
         self.columns: dict[str, dict[str, list[Tensor]]] = {
             name: {column: [] for column in ("scale", "zero_point", "lo", "hi")} for name in quantizers
         }
@@ -152,12 +165,16 @@ class Walk:
         }
 
     def _new_estimators(self, call: int) -> dict[str, Estimator]:
-        return {
-            name: make_estimator(self.axes, quantizer.width(call), quantizer.granularity)
-            if quantizer.learnable
-            else MinMax()
-            for name, quantizer in self.quantizers.items()
-        }
+        found: dict[str, Estimator] = {}
+        for name, quantizer in self.quantizers.items():
+            if not quantizer.learnable:
+                found[name] = MinMax()
+                continue
+            whole = make_estimator(self.axes, quantizer.width(call), quantizer.granularity)
+            found[name] = (
+                estimator(quantizer, self.axes, whole) if is_grouped(quantizer, self.axes) else whole
+            )
+        return found
 
     def start_call(self, call: int) -> None:
         if self.axes.time_axis is TimeAxis.PER_CALL:
@@ -220,12 +237,19 @@ class Walk:
                 quantizer.chosen[call] = bool(values.log2)
             if quantizer.dynamic:
                 continue
-            quantizer.set_call(call, AffineParams(values.scale, values.zero_point, quantizer.width(call)))
+            params = AffineParams(values.scale, values.zero_point, quantizer.width(call))
+            found = None
+            if values.axis is not None and values.labels is not None:
+                found = Grouping(values.axis[None], values.labels[None])
+            quantizer.set_call(call, params, found)
 
     def _fit(self, call: int) -> None:
         for name, found in self.estimators.items():
             quantizer = self.quantizers[name]
             if quantizer.dynamic:
+                continue
+            if isinstance(found, IndexExtremes) and found.grouped:
+                self._fit_groups(name, found, call)
                 continue
             found_here = quantizer.fitted(*found.range(), quantizer.width(call))
             for column, value in zip(("scale", "zero_point"), found_here, strict=True):
@@ -233,9 +257,35 @@ class Walk:
                 shape = () if value.numel() == 1 else value.shape
                 self.columns[name][column].append(value.reshape(shape).cpu())
 
+    def _fit_groups(self, name: str, found: IndexExtremes, call: int) -> None:
+        groups = self.groups.get(name)
+        if groups is None and self.one_partition and self.axes.time_axis is TimeAxis.PER_CALL:
+            state = {part: value.cpu() for part, value in found.state().items()}
+            self.kept.setdefault(name, []).append(state)
+            return
+        if groups is None:
+            groups = partition(self.quantizers[name], self.axes, [found.ends])
+        self._add(name, groups, found.state(), call)
+
+    def _add(self, name: str, groups: Grouping, state: Mapping[str, Tensor], call: int) -> None:
+        fitted = fit_site(self.quantizers[name], self.axes, groups, ends_of(state), call)
+        columns = self.columns[name]
+        columns["scale"].append(fitted.params.scale.cpu())
+        columns["zero_point"].append(fitted.params.zero_point.cpu())
+        columns.setdefault("axis", []).append(fitted.axis)
+        columns.setdefault("labels", []).append(fitted.labels)
+
     def parameters(self) -> ActivationParameters:
         if self.axes.time_axis is TimeAxis.SHARED:
             self._fit(0)
+        for name, states in self.kept.items():
+            groups = partition(self.quantizers[name], self.axes, [ends_of(state) for state in states])
+            for call, state in enumerate(states):
+                self._add(name, groups, state, call)
+        self.kept = {}
+        if self.one_partition:
+            for columns in self.columns.values():
+                columns |= {part: columns[part][:1] for part in ("axis", "labels") if part in columns}
         return {
             site: SiteParameters(**{name: _stacked(rows) for name, rows in columns.items()})
             for site, columns in self.columns.items()
@@ -248,10 +298,13 @@ class Walk:
             for name, rows in columns.items()
         }
         if self.axes.time_axis is TimeAxis.SHARED:
-            for name, estimator in self.estimators.items():
-                tensors |= {f"estimator/{name}/{part}": value for part, value in estimator.state().items()}
+            for name, found in self.estimators.items():
+                tensors |= {f"estimator/{name}/{part}": value for part, value in found.state().items()}
         for name, chooser in self.choosers.items():
             tensors |= {f"chooser/{name}/{part}": value for part, value in chooser.state().items()}
+        for name, states in self.kept.items():
+            for part in states[0]:
+                tensors[f"kept/{name}/{part}"] = torch.stack([state[part] for state in states])
         checkpoints.save(path, tensors, mark)
 
     def resume(self, path: Path, mark: str) -> None:
@@ -269,6 +322,10 @@ class Walk:
                 self.columns[name][part] = list(value.unbind())
             elif kind == "chooser":
                 choices.setdefault(name, {})[part] = value
+            elif kind == "kept":
+                rows = self.kept.setdefault(name, [{} for _ in value])
+                for row, one in zip(rows, value.unbind(), strict=True):
+                    row[part] = one
             else:
                 states.setdefault(name, {})[part] = value
         for name, state in states.items():

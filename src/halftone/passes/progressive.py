@@ -29,7 +29,7 @@ from halftone.passes.lockstep import Lockstep
 from halftone.passes.rollout import Runs, inputs_at
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
 from halftone.progress import Progress
-from halftone.recipes import Axes
+from halftone.recipes import Axes, GroupLayout
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory
 
@@ -66,7 +66,10 @@ def calibrate_progressively(
     mark = checkpoints.fingerprint(denoiser, trajectory, (axes.model_dump(mode="json"), widths, batches))
     with explain_disk_faults(checkpoint):
         checkpoint.mkdir(parents=True, exist_ok=True)
-    work = _Work(pipeline, denoiser, quantizers, context, trajectory, axes, Walk(quantizers, axes))
+    # a partition that all calls share cannot wait for the last of them
+    shared = axes.group_layout is GroupLayout.ALIGNED
+    groups = {name: one.groups for name, one in reference.items() if shared and one.groups is not None}
+    work = _Work(pipeline, denoiser, quantizers, context, trajectory, axes, Walk(quantizers, axes, groups))
     try:
         with torch.no_grad():
             work.replay(runs, checkpoint, mark) if axes.replay_prefix else work.carry(

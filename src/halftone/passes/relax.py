@@ -8,6 +8,7 @@ import torch
 
 from halftone.passes.state import ActivationParameters
 from halftone.probability_quantizer import ProbabilityQuantizer
+from halftone.quantizers.affine import fit_affine
 from halftone.relaxing import Relaxation
 from halftone.site_quantizer import SiteQuantizer
 
@@ -31,7 +32,12 @@ def relax_shared(
         lo, hi = (params.scale * (code - params.zero_point) for code in (params.low, params.high))
         if isinstance(quantizer, ProbabilityQuantizer) and quantizer.log2:
             hi = params.scale  # the value of code 0, at any width
-        narrow, relaxed = (params.scale, params.zero_point), quantizer.fitted(lo, hi, wide)
+        if shared.groups is None:
+            relaxed = quantizer.fitted(lo, hi, wide)
+        else:  # the same groups, whose ranges need not hold zero
+            fitted = fit_affine(lo, hi, wide, include_zero=False)
+            relaxed = fitted.scale, fitted.zero_point
+        narrow = params.scale, params.zero_point
         rows = [relaxed if call in relaxation.calls else narrow for call in range(n_calls)]
         scale, zero_point = (torch.stack([row[part].cpu() for row in rows]) for part in range(2))
         found[name] = shared._replace(scale=scale, zero_point=zero_point)

@@ -19,20 +19,33 @@ from halftone.layers import WeightCodes, set_weights
 from halftone.probability_quantizer import ProbabilityQuantizer
 from halftone.provenance import Provenance
 from halftone.quantizers.bits import Bits
-from halftone.site_quantizer import SiteQuantizer
+from halftone.quantizers.groups import Grouping
+from halftone.site_quantizer import Parameters, SiteQuantizer
 
 
 class SiteParameters(NamedTuple):
     """Of one activation site: scale and zero point, (n_calls, ...) or shared (1, ...), and the extremes seen
-    at every
-    call, lo and hi, (n_calls, ...) always. All float32. A dynamic site has empty scale and zero point.
-    log2: of probabilities that take uniform or log2 codes, which of the two, bool (n_calls,)."""
+    at every call, lo and hi, (n_calls, ...) always. All float32. A dynamic site has empty scale and zero
+    point. log2: of probabilities that take uniform or log2 codes, which of the two, bool (n_calls,). Where
+    the site is grouped, scale and zero point are (n_calls, groups) or (1, groups), and axis and labels those
+    of `halftone.quantizers.groups.Grouping`."""
 
     scale: Tensor
     zero_point: Tensor
     lo: Tensor
     hi: Tensor
     log2: Tensor | None = None
+    axis: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def groups(self) -> Grouping | None:
+        return None if self.axis is None or self.labels is None else Grouping(self.axis, self.labels)
+
+    @property
+    def quantizer(self) -> Parameters:
+        """What the site's quantizer holds."""
+        return Parameters(self.scale, self.zero_point, self.groups)
 
 
 ActivationParameters = dict[str, SiteParameters]
@@ -60,8 +73,8 @@ class CalibrationState:
 
     def save(self, path: Path | str, provenance: Provenance) -> None:
         """One safetensors file: `weight/{module}/codes|scale|zero_point`,
-        `activation/{site}/scale|zero_point|lo|hi|log2`, `timesteps`, `noise_levels`, `relaxed_calls`,
-        `denoiser_calls`, `factor/{module}/value`. Its bytes depend on the values alone."""
+        `activation/{site}/scale|zero_point|lo|hi|log2|axis|labels`, `timesteps`, `noise_levels`,
+        `relaxed_calls`, `denoiser_calls`, `factor/{module}/value`. Its bytes depend on the values alone."""
         tensors = {
             "timesteps": self.timesteps,
             "noise_levels": self.noise_levels,
@@ -115,7 +128,7 @@ def set_parameters(quantizers: Mapping[str, SiteQuantizer], activations: Activat
         raise ValueError(f"the calibration and the denoiser differ in sites, such as {odd[0]}")
     for name, quantizer in quantizers.items():
         if not quantizer.dynamic:
-            quantizer.set_parameters(activations[name].scale, activations[name].zero_point)
+            quantizer.set_parameters(*activations[name].quantizer)
         log2 = activations[name].log2
         if log2 is not None and isinstance(quantizer, ProbabilityQuantizer):
             quantizer.choose(log2)

@@ -87,6 +87,8 @@ def fallbacks(decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
 def _decide(module: nn.Module, sites: Iterable[SitePlan]) -> Decision:
     by_kind = {site.kind: site for site in sites}
     for site in by_kind.values():
+        if site.granularity is Granularity.GROUP:
+            return Decision(Kernel.SIMULATED, f"no integer kernel for groups of {site.kind}")
         if (reason := _unknown(site)) is not None:
             return Decision(Kernel.SIMULATED, reason)
     if by_kind.keys() == _ATTENTION:

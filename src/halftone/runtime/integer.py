@@ -20,7 +20,7 @@ from halftone.runtime.choose import Decision, Kernel, choose
 from halftone.runtime.int8 import Int8Product
 from halftone.runtime.layers import IntegerAttnProcessor, IntegerLayer, MakeProduct
 from halftone.runtime.reference import ReferenceProduct
-from halftone.site_quantizer import SiteQuantizer
+from halftone.site_quantizer import Parameters, SiteQuantizer
 
 _PRODUCTS: dict[Kernel, MakeProduct] = {Kernel.INT8: Int8Product, Kernel.REFERENCE: ReferenceProduct}
 
@@ -30,7 +30,7 @@ def build(
     plan: Plan,
     *,
     weights: Mapping[str, WeightCodes],
-    activations: Mapping[str, tuple[Tensor, Tensor]],
+    activations: Mapping[str, Parameters],
     floats: Mapping[str, Tensor],
     context: CallContext,
     divisors: Mapping[str, Tensor] | None = None,

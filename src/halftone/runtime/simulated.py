@@ -25,7 +25,7 @@ from halftone.quantizers.bits import Bits
 from halftone.recipes import TimeAxis
 from halftone.runtime.operands import geometry_of, wide
 from halftone.runtime.whole import WholeAttnProcessor, WholeLayer
-from halftone.site_quantizer import Mode, SiteQuantizer, set_divisors, set_mode
+from halftone.site_quantizer import Mode, Parameters, SiteQuantizer, set_divisors, set_mode
 
 _MODULE_TYPES = ("Linear", "Conv2d", "Attention")
 
@@ -35,7 +35,7 @@ def build(
     plan: Plan,
     *,
     weights: Mapping[str, WeightCodes],
-    activations: Mapping[str, tuple[Tensor, Tensor]],
+    activations: Mapping[str, Parameters],
     floats: Mapping[str, Tensor],
     context: CallContext,
     divisors: Mapping[str, Tensor] | None = None,
@@ -44,7 +44,7 @@ def build(
 ) -> dict[str, SiteQuantizer]:
     """Make a denoiser without weights (on the meta device) the quantized one of `plan`, in place.
 
-    weights: codes by module; activations: (scale, zero_point) by site; floats: the rest of the state dict.
+    weights: codes by module; activations: what quantizers hold, by site; floats: the rest of the state dict.
     choices: of probabilities that take either codes, by site. Together they must be the whole state.
     divisors: factors by module, of the inputs that are divided in the quantize step. The quantizers follow
     `context`, which is not attached here.

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from halftone import device
-from halftone.calls import CallContext
+from halftone.calls import CallContext, legacy_slots
 from halftone.denoiser import denoiser_of, sites
 from halftone.errors import UserError
 from halftone.layers import WeightCodes, quantized_layers, set_weights
@@ -65,6 +65,8 @@ def calibrate(
     if (choice.axes.relaxing == Interval.AUTO) != (relaxed is not None):
         needs = "is not auto and takes no choice" if relaxed is not None else "auto needs a choice"
         raise UserError(f"recipe {choice.recipe}: relaxing {needs}; run sensitivity, or set the axis")
+    if choice.axes.legacy_lookup:
+        legacy_slots(trajectory.timesteps)  # refused before anything is spent
     denoiser = denoiser_of(source.pipeline).to(device.best())
     apart = kept_apart(choice.axes, partial(tokenizers_of, source.pipeline))
     found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, apart)
