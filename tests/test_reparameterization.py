@@ -92,6 +92,7 @@ def test_executions_give_the_same_bits_and_nothing_falls_back(artefact: Path) ->
     ("recipe", "axes"),
     [
         ("qdiffusion", ALL),  # halves of shortcuts, learned scales
+        ("static", {**TCR, "rounding": "nearest", "relaxing": "auto"}),  # calls that a measurement chooses
         ("minmax", {"reparameterization": "smooth", "reparameterization_layers": "all"}),
     ],
 )

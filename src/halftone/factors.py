@@ -19,6 +19,7 @@ from halftone.report.plots import HUES, MUTED, RULE, STYLE, canvas, short, svg_t
 
 FACTORS, DATA, PLOT = "factors.safetensors", "imbalance.json", "imbalance.svg"
 _DIGITS = 6
+_NAMED = 90  # layers, no more of which can be told apart below a plot
 
 
 class _Part(BaseModel):
@@ -113,8 +114,8 @@ def svg(layers: tuple[LayerBalance, ...]) -> str:
             _panel(axis, layers, key, title)
             axis.set_xticks(range(len(names)))
             axis.set_xticklabels([])
-        if len(names) <= 60:
-            axes[-1].set_xticklabels(names, rotation=90, fontsize=6)
+        if len(names) <= _NAMED:
+            axes[-1].set_xticklabels(names, rotation=90, fontsize=5)
         axes[-1].set_xlabel("layers, in the order in which they run")
         axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False, fontsize=8)
         return svg_text(figure)
@@ -139,7 +140,17 @@ def _panel(axis: Any, layers: tuple[LayerBalance, ...], key: str, title: str) ->
         ]
         if chosen:
             where = "folded" if division is Division.FOLDED else "quantize step"
-            axis.scatter(*zip(*chosen, strict=True), s=14, color=hue, marker=marker, label=f"{when}, {where}")
+            # a ring, so that a layer that nothing changes shows both
+            size, face = (26, "none") if when == "before" else (12, hue)
+            label = f"{when}, {where}"
+            axis.scatter(
+                *zip(*chosen, strict=True),
+                s=size,
+                edgecolors=hue,
+                facecolors=face,
+                marker=marker,
+                label=label,
+            )
     axis.set_yscale("log")
     axis.set_title(title)
     axis.grid(axis="y", color=RULE, linewidth=0.6)

@@ -102,9 +102,11 @@ def channel_maxima(
 
     def observe(name: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().abs()
-            axis = 1 if isinstance(getattr(module, "layer", module), nn.Conv2d) else x.ndim - 1
-            largest = x.float().transpose(axis, 0).flatten(1).amax(1).cpu()
+            x = args[0].detach()
+            if isinstance(getattr(module, "layer", module), nn.Conv2d):
+                largest = x.flatten(2).abs().amax(2).amax(0).float().cpu()
+            else:
+                largest = x.flatten(0, -2).abs().amax(0).float().cpu()
             seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
 
         return before
