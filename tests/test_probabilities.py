@@ -19,7 +19,7 @@ from halftone.calls import CallContext
 from halftone.denoiser import Site, SiteKind, sites
 from halftone.errors import UserError
 from halftone.layers import wrap
-from halftone.plan import Plan, describe
+from halftone.plan import Plan, describe, describe_start_token
 from halftone.probability_quantizer import Form, ProbabilityQuantizer
 from halftone.quantizers.bits import Bits
 from halftone.recipes import Axes, Probabilities, Scope, StartToken, resolve
@@ -228,6 +228,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "heads": {**DGQ, "probabilities": "uniform", "probabilities_scope": "head", "relaxing": "near_x0"},
     "progressive": {**DGQ, "calibration_inputs": "progressive", "calibrate_last": False},
+    "groups": {**DGQ, "calibration_inputs": "progressive", "groups": 4, "relaxing": "near_x0"},
 }
 
 
@@ -258,7 +259,7 @@ def test_an_artefact_computes_what_was_calibrated(name: str, tiny_model_folder: 
     assert {how for kind, how, _ in facts["sites"] if kind == "probabilities"} == kinds
 
 
-@pytest.mark.parametrize("name", ["shared", "progressive"])
+@pytest.mark.parametrize("name", ["shared", "progressive", "groups"])
 def test_the_whole_chain(name: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {
         "steps": 3,
@@ -274,6 +275,7 @@ def test_the_whole_chain(name: str, tiny_model_folder: Path, tmp_path: Path) -> 
     assert all(check.passed for check in artefact.verify(folder))
     plan = Plan.load(folder / "plan.json")
     assert plan.axes == resolve("static", axes)
+    assert (describe_start_token(plan) is None) == (name == "shared")
 
 
 def test_the_plan_says_it(tiny_model_folder: Path, tmp_path: Path) -> None:

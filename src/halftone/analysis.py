@@ -51,7 +51,7 @@ def analyze(calibration: Path | str, output: Path | str, *, name: str = "") -> P
         protocol=_known(calibration, "protocol", known.protocol),
         calls=len(found.timesteps),
         relaxed=found.relaxed_calls,
-        groups={site: group_plan(parameters) for site, parameters in found.activations.items()},
+        groups=group_plans(found),
     )
     _check_fit(calibration, found, plan, known.model_path)
     output = Path(output)
@@ -97,6 +97,11 @@ def resolve(
         groups=groups,
         float_bits=skeleton.float_bits,
     )
+
+
+def group_plans(found: CalibrationState) -> dict[str, GroupPlan | None]:
+    """How every activation site is grouped, None where it is not."""
+    return {site: group_plan(parameters) for site, parameters in found.activations.items()}
 
 
 def group_plan(parameters: SiteParameters) -> GroupPlan | None:

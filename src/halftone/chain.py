@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from halftone.analysis import resolve
+from halftone.analysis import group_plans, resolve
 from halftone.artefact.write import check_components, write
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
+from halftone.passes.state import CalibrationState
 from halftone.plan import Plan
 from halftone.prompts import read_prompts
 from halftone.quantizers.bits import Bits
@@ -75,7 +76,7 @@ def quantize(
         source, texts, steps=steps, guidance=guidance, resolution=resolution, seed=seed, batch_size=batch_size
     )
 
-    def planned(relaxed: tuple[int, ...] | None = None) -> Plan:
+    def planned(state: CalibrationState | None = None) -> Plan:
         return resolve(
             skeleton,
             recipe=choice.recipe,
@@ -83,7 +84,8 @@ def quantize(
             bits=choice.bits,
             protocol=choice.protocol,
             calls=trajectory.n_calls,
-            relaxed=relaxed,
+            relaxed=None if state is None else state.relaxed_calls,
+            groups=None if state is None else group_plans(state),
         )
 
     planned()  # what cannot be planned is told before time is spent
@@ -118,8 +120,7 @@ def quantize(
         relaxed = measured.relaxed_calls
     state = calibrate(source, trajectory, known, choice, **how_calibrated, work=work, relaxed=relaxed)
     state.save(work / "state.safetensors", choice.describe(known))
-    chosen = planned(state.relaxed_calls)
-    write(output, work / "state.safetensors", chosen, source, stored, trajectory)
+    write(output, work / "state.safetensors", planned(state), source, stored, trajectory)
     shutil.rmtree(work)
     return output
 

@@ -332,6 +332,16 @@ def describe(site: SitePlan) -> str:
     return f"{site.bits}-bit {site.quantizer}, {site.granularity}{groups}{time}{apart}{divided}"
 
 
+def describe_start_token(plan: Plan) -> str | None:
+    """Where a start token stays in float; None where the axes do not ask for it."""
+    if plan.axes.start_token is not StartToken.APART:
+        return None
+    apart = sum(site.start_apart is not None and site.kind == "probabilities" for site in plan.quantized)
+    if not apart:
+        return "none to keep apart: no text, or a tokenizer that puts none first"
+    return f"apart in {apart} cross-attentions: its key and its probabilities in float, its value quantized"
+
+
 def describe_relaxing(plan: Plan) -> str | None:
     """Which calls have more bits, and how these run; None where there are none."""
     if plan.relaxation is None:

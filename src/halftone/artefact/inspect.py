@@ -12,7 +12,7 @@ from halftone.artefact import strict, tensors, weight_only
 from halftone.artefact.load import Description, describe, empty_denoiser, load, load_beside
 from halftone.artefact.manifest import Manifest, artefact_sha256, check_file, check_no_strays, read_manifest
 from halftone.errors import UserError
-from halftone.plan import MIB, describe_relaxing
+from halftone.plan import MIB, describe_relaxing, describe_start_token
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import packed_size
 from halftone.runtime import choose
@@ -87,6 +87,7 @@ def info(folder: Path | str) -> dict[str, Any]:
         "axes": plan.axes.model_dump(mode="json"),
         **plan.columns(),
         "relaxed": describe_relaxing(plan),
+        "start_token": describe_start_token(plan),
         "weight_mib": round(stored / MIB, 3),
         "original_weight_mib": round(plan.sizes.original_mib, 3),
         "size_mib": round(manifest.size / MIB, 3),

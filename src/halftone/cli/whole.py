@@ -112,7 +112,7 @@ def plan(
     resolved, width = options.axes(recipe, axes), options.bits(bits)
 
     from halftone.analysis import resolve
-    from halftone.plan import describe_relaxing
+    from halftone.plan import describe_relaxing, describe_start_token
     from halftone.runtime import choose
     from halftone.skeleton import read_skeleton
 
@@ -135,6 +135,8 @@ def plan(
         print(f"a call   {found.bit_operations.ratio:.1f} times fewer bit operations")
     if (relaxed := describe_relaxing(found)) is not None:
         print(f"relaxed  {relaxed}")
+    if (start := describe_start_token(found)) is not None:
+        print(f"start token {start}")
     print(f"run by   {found.execution} execution")
     decisions = choose.choose(found, skeleton.denoiser)
     for line in options.kernels(choose.kernels(decisions), choose.fallbacks(decisions)):
