@@ -19,6 +19,7 @@ OUTPUTS = {
     "sensitivity": ("sensitivity.json", "sensitivity.svg"),
     "export": ("unet/quantized.safetensors", "plan.json", "manifest.json"),
     "proxy": ("card.json", "card.md"),
+    "outliers": ("outliers.json", "outliers.svg", "worst.svg"),
 }
 IGNORED = ("--scratch", "--cache-mib", "--timings")
 

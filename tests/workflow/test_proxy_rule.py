@@ -51,3 +51,19 @@ def test_it_is_aside_of_the_pipeline() -> None:
 
 def test_the_code_behind_it_counts() -> None:
     assert len(proxy.code_hash(ROOT)) == 16
+
+
+def test_outliers_are_looked_for_on_request_and_then_shown(tmp_path: Path) -> None:
+    tree = with_stub(copy_workflow(tmp_path / "tree"))
+    everything = snakemake(tree, "--dry-run")
+    assert everything.returncode == 0
+    assert "outlier_analysis" not in everything.stdout + everything.stderr
+    said = snakemake(tree, "outliers")
+    assert said.returncode == 0, said.stderr
+    folder = tree / "results/outliers/scenes-t2i"
+    assert {path.name for path in folder.iterdir()} == {"outliers.json", "outliers.svg", "worst.svg"}
+    again = snakemake(tree, "outliers", "--dry-run")
+    assert "Nothing to be done" in again.stdout + again.stderr
+    report = snakemake(tree, "--dry-run", "--printshellcmds")
+    assert "results/outliers/scenes-t2i/outliers.json" in report.stdout + report.stderr, "the page shows it"
+    assert len({proxy.code_hash(ROOT), proxy.code_hash(ROOT, proxy.OUTLIERS)}) == 2

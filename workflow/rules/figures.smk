@@ -1,3 +1,6 @@
+from halftone.workflow.proxy import analyses
+
+
 # Full precision is measured by the same rule: its job also gives the floor, itself on other noise.
 rule metrics:
     input:
@@ -49,6 +52,7 @@ rule report:
         images=[shard for row in ROWS for shard in outputs(SETTINGS, Step.SAMPLE, row)],
         analyses=expand([PLAN, RANGES], scenario=QUANTIZED),
         artefacts=expand(MANIFEST, scenario=QUANTIZED),
+        outliers=analyses(SETTINGS, ROWS),
         prompts=sorted({file for row in ROWS for file in prompts_of(row)}),
     output:
         REPORT,

@@ -28,3 +28,35 @@ rule proxy_card:
     shell:
         "{HALFTONE} proxy {params.options} --trajectory {input.data} {params.prompts}"
         " -o {output} &> {log}"
+
+
+# Where the outliers of activations sit: layer by layer, call by call. `snakemake outliers`, then `snakemake` shows it in
+# the report.
+rule outliers:
+    input:
+        expand(card.OUTLIERS_FOLDER + "/outliers.json", model=SETTINGS.models),
+
+
+rule outlier_analysis:
+    input:
+        data=CALIBRATION_DATA,
+        model=model_files,
+    output:
+        expand(
+            card.OUTLIERS_FOLDER + "/{file}",
+            file=["outliers.json", "outliers.svg", "worst.svg"],
+            allow_missing=True,
+        ),
+    log:
+        "logs/outliers/{model}.log",
+    benchmark:
+        "logs/benchmark/outliers/{model}.tsv"
+    threads: THREADS
+    resources:
+        gpu=GPU,
+    params:
+        options=lambda wildcards: card.options(SETTINGS, wildcards.model),
+        code=card.code_hash(ROOT, card.OUTLIERS),
+        folder=lambda wildcards: card.OUTLIERS_FOLDER.format(model=wildcards.model),
+    shell:
+        "{HALFTONE} outliers {params.options} --data {input.data} -o {params.folder} &> {log}"

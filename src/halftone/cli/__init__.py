@@ -23,6 +23,7 @@ from halftone.cli import (
     image_reward,
     inspection,
     metrics,
+    outliers,
     preference,
     propagation,
     proxy,
@@ -117,6 +118,7 @@ VERBS: dict[str, dict[str, Verb]] = {
     },
     LOOK: {
         "proxy": proxy.verb,
+        "outliers": outliers.verb,
         "propagation": propagation.verb,
         "preference": preference.verb,
         "image-reward": image_reward.verb,

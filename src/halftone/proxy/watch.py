@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halftone.errors import UserError
 from halftone.passes.power_law import likelihood_ratio
+from halftone.quantizers.groups import spread
 
 LEADING = 0.05
 """Share of an axis's indices that count as its leading ones."""
@@ -64,19 +65,18 @@ def overlap(counts: Tensor, sets: int) -> float | None:
     return pairs / (sets * (sets - 1) * leading(counts.numel()))
 
 
-def spread(lo: Tensor, hi: Tensor) -> float:
-    """How far the extremes (n,) of an axis's indices lie apart: maxima and minima together (DGQ)."""
-    return float((hi.amax() - hi.amin()) + (lo.amax() - lo.amin()))
-
-
 class AxisWatch:
-    """One axis of one site: channels, or tokens (positions of an image). One value per call in each list."""
+    """One axis of one site: channels, or tokens (positions of an image). One value per call in each list.
+
+    least, most: extremes of every index over the calls done. led: at how many of them it was among the
+    leading ones.
+    """
 
     def __init__(self) -> None:
         self.spread: list[float] = []
         self.contrast: list[float | None] = []  # largest over median magnitude of an index
         self.over_prompts: list[float | None] = []
-        self._led = torch.zeros(0)
+        self.led = self.least = self.most = torch.zeros(0)
         self._start()
 
     def _start(self) -> None:
@@ -102,12 +102,15 @@ class AxisWatch:
         self.contrast.append(float(magnitudes.amax()) / middle if middle > 0 else None)
         self.over_prompts.append(overlap(self._counts, self._rows))
         led = leaders(magnitudes[None])
-        self._led = self._led + led if self._led.numel() else led
+        known = self.led.numel() > 0
+        self.led = self.led + led if known else led
+        self.least = torch.minimum(self.least, self.lo) if known else self.lo
+        self.most = torch.maximum(self.most, self.hi) if known else self.hi
         self._start()
 
     @property
     def over_calls(self) -> float | None:
-        return overlap(self._led, len(self.spread))
+        return overlap(self.led, len(self.spread))
 
 
 class ActivationWatch:

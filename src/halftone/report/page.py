@@ -19,6 +19,7 @@ from halftone.plan import MIB, Plan
 from halftone.recipes import FULL_PRECISION
 from halftone.report.evidence import OWN_FACTS, PROMPTS, Evidence, gather
 from halftone.report.grids import png, stack
+from halftone.report.outliers import OutlierPlots, outliers_of
 from halftone.report.pictures import grid_of, grids, uri, worst_of
 from halftone.report.plots import Errors, errors_svg
 from halftone.report.summary import FLOOR, FULL_PRECISION_ROWS, Row, groups, read_csv, source_of
@@ -48,13 +49,16 @@ def write_report(
             raise UserError(f"{summary}: no images beside it to make {grid} of; run halftone sample first")
         with writing(grid) as temporary:
             temporary.write_bytes(png(stack(sheets)))
-    write_text(output, render(rows, evidence))
+    write_text(output, render(rows, evidence, outliers_of(rows, Path(results or Path(summary).parent))))
 
 
-def render(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> str:
+def render(
+    rows: Sequence[Row], evidence: Mapping[str, Evidence], outliers: Sequence[OutlierPlots] = ()
+) -> str:
     """The page as HTML.
 
-    rows: of a summary, already checked to compare. evidence: by scenario id.
+    rows: of a summary, already checked to compare. evidence: by scenario id. outliers: of the models that
+    were looked at.
     """
     tables = [_with_originals(group, evidence) for group in groups(rows)]
     quantized = [(group, row) for group in tables for row in group if not _full_precision(row)]
@@ -75,6 +79,15 @@ def render(rows: Sequence[Row], evidence: Mapping[str, Evidence]) -> str:
             _scenario(name_of(row, group), row, found.plan, found.ranges)
             for group, row, found in planned
             if found.plan is not None
+        ],
+        outliers=[
+            {
+                "model": one.model,
+                "says": one.says,
+                "map": uri(one.map.encode(), "image/svg+xml"),
+                "worst": uri(one.worst.encode(), "image/svg+xml"),
+            }
+            for one in outliers
         ],
         columns=COLUMNS,
         every=[_every(group) for group in groups(rows)],

@@ -80,7 +80,11 @@ def prune(gone: Iterable[str], *, dry_run: bool = False) -> list[Path]:
 
 def _files() -> list[Path]:
     """Files and folders under a folder of a rule, which are named by a model or scenario."""
-    homes = (root / rule for root in (RESULTS, LOGS, TIMINGS, SCRATCH) for rule in (*Rule, proxy.NAME))
+    homes = (
+        root / rule
+        for root in (RESULTS, LOGS, TIMINGS, SCRATCH)
+        for rule in (*Rule, proxy.NAME, proxy.OUTLIERS)
+    )
     found = (path for home in homes if home.is_dir() for path in sorted(home.iterdir()))
     return [path for path in found if not path.name.startswith(".")]
 
