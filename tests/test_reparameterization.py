@@ -110,6 +110,14 @@ def test_at_sixteen_bits_it_is_the_model_that_it_was(tiny_model_folder: Path, tm
     assert all(call["simulated_to_full"] < 1e-3 for call in read_json(made / "parity.json")["calls"])
 
 
+def test_groups_are_of_what_was_divided(model: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"n_prompts": 2, "steps": 2, "bits": "w16a16"}
+    axes = {**ALL, "time_axis": "per_call", "groups": 4}
+    made = halftone.quantize(str(model), "minmax", None, tmp_path / "q", axes=axes, **how)
+    assert Plan.load(made / "plan.json").axes.groups == 4
+    assert all(call["simulated_to_full"] < 1e-3 for call in read_json(made / "parity.json")["calls"])
+
+
 def test_convolutions_alone_are_the_default(model: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {"n_prompts": 2, "steps": 2, "bits": "w8a8"}
     axes = {**TCR, "time_axis": "dynamic"}
