@@ -185,9 +185,15 @@ def test_soft_choices_are_gone_on_from() -> None:
 
 
 def test_rounds_compose_with_factors(recorded: Recorded, tmp_path: Path) -> None:
-    axes = {"rounds": 2, "reparameterization": "tcr", "calibration_inputs": "progressive"}
+    """With a recipe that learns the timestep's layers apart, and whose ranges are fitted progressively."""
+    axes = {
+        "rounds": 2,
+        "reparameterization": "tcr",
+        "reparameterization_layers": "all",
+        "calibration_inputs": "progressive",
+    }
     how: dict[str, Any] = {"n_prompts": 2, "steps": 2, "budget": "smoke", "batch_size": 2}
-    made = halftone.quantize(recorded[0].path, "static", None, tmp_path / "q", bits="w4a6", axes=axes, **how)
+    made = halftone.quantize(recorded[0].path, "tfmq", None, tmp_path / "q", bits="w4a6", axes=axes, **how)
     assert all(check.passed for check in verify(made))
     assert Plan.load(made / "plan.json").axes.rounds == 2
 
