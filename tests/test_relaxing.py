@@ -31,7 +31,6 @@ from halftone.runtime import integer
 from halftone.runtime.layers import IntegerLayer
 from halftone.runtime.operands import Weight
 from halftone.runtime.reference import ReferenceProduct
-from halftone.runtime.whole import cut
 from halftone.settings import Protocol
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.skeleton import skeleton_of
@@ -168,7 +167,8 @@ def test_in_integers_a_relaxed_call_is_exact(made: tuple[Calibrated, Path]) -> N
     seen = set()
 
     def check(layer: Any, args: Any, _: Tensor) -> None:
-        parts = zip(layer.products(), layer.encoded(*args), cut(layer.codes, layer.split, 1), strict=True)
+        codes_of_parts = layer.parts.cut(layer.codes, 1)
+        parts = zip(layer.products(), layer.encoded(*args), codes_of_parts, strict=True)
         for half, (product, (codes, affine), whole) in enumerate(parts):
             weight = Weight(whole, layer.weight_scale[half], layer.weight_zero_point[half])
             exact = ReferenceProduct(weight, layer.geometry).accumulate(codes, affine)

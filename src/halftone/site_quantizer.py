@@ -222,7 +222,7 @@ class SiteQuantizer(nn.Module):
         if axis is Axis.POSITION and count != positions:
             raise UserError(
                 f"{self.site.name}: its {count} positions are grouped, and here are {positions}; "
-                "use the resolution of the calibration, or calibrate for this one"
+                "use the resolution and text length of the calibration, or calibrate for these"
             )
         return found
 

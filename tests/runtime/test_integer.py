@@ -126,10 +126,42 @@ def test_split_shortcuts_are_two_products(tmp_path: Path, tiny_model_folder: Pat
     found = calibrated(tiny_model_folder, tmp_path / "state.safetensors", recipe="qdiffusion")
     artefact.write(tmp_path / "made", found.state, found.plan, load_source(tiny_model_folder))
     pipeline = halftone.load(tmp_path / "made", execution="integer")
-    split = [m for m in denoiser_of(pipeline).modules() if isinstance(m, IntegerLayer) and m.split]
+    split = [m for m in denoiser_of(pipeline).modules() if isinstance(m, IntegerLayer) and m.parts.split]
     assert torch.equal(call(pipeline, 0), call(halftone.load(tmp_path / "made"), 0))
     assert split
     assert all(len(layer.products()) == 2 for layer in split)
+
+
+def test_aligned_groups_of_channels_are_a_product_each(tmp_path: Path, tiny_model_folder: Path) -> None:
+    axes: dict[str, Any] = {"groups": 4, "group_layout": "aligned", "group_axis": "channel"}
+    found = calibrated(tiny_model_folder, tmp_path / "state.safetensors", **axes, relaxing={"calls": [1]})
+    artefact.write(tmp_path / "made", found.state, found.plan, load_source(tiny_model_folder))
+    pipeline = halftone.load(tmp_path / "made", execution="integer")
+    simulated = halftone.load(tmp_path / "made")
+    for index in range(2):  # relaxed codes of 10 bits the second time
+        assert torch.equal(call(pipeline, index), call(simulated, index))
+    modules = dict(denoiser_of(pipeline).named_modules())
+    layers = {name: m for name, m in modules.items() if isinstance(m, IntegerLayer)}
+    counts = {len(layer.products()) for layer in layers.values()}
+    assert counts == {1, 2, 4}, "16 channels a group at least; vectors stay whole"
+    assert layers["mid_block.resnets.0.conv1"].parts.ends
+    decisions = choose.choose(found.plan, denoiser_of(load_source(tiny_model_folder).pipeline))
+    ((reason, listed),) = choose.fallbacks(decisions).items()
+    assert reason == "simulated: no integer kernel for groups of query"
+    assert set(listed) == {name for name, m in modules.items() if hasattr(m, "to_q")}
+
+
+def test_groups_that_no_kernel_runs_are_listed(tiny_model_folder: Path, tmp_path: Path) -> None:
+    found = calibrated(tiny_model_folder, tmp_path / "state.safetensors", groups=4, group_axis="channel")
+    artefact.write(tmp_path / "made", found.state, found.plan, load_source(tiny_model_folder))
+    pipeline = halftone.load(tmp_path / "made", execution="integer")
+    assert torch.equal(call(pipeline, 0), call(halftone.load(tmp_path / "made"), 0))
+    decisions = choose.choose(found.plan, denoiser_of(load_source(tiny_model_folder).pipeline))
+    (reason,) = choose.fallbacks(decisions)
+    assert reason == "simulated: no integer kernel for free groups"
+    integer = {name for name, decision in decisions.items() if decision.integer}
+    assert "time_embedding.linear_1" in integer
+    assert all("time_emb" in name for name in integer), "layers of vectors, which are not grouped"
 
 
 def test_dynamic_ranges_stay_simulated_and_say_so(tmp_path: Path, tiny_model_folder: Path) -> None:

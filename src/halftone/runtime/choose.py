@@ -12,7 +12,7 @@ from enum import StrEnum
 from torch import nn
 
 from halftone.plan import Execution, Granularity, Plan, Quantizer, SitePlan, describe
-from halftone.recipes import TimeAxis
+from halftone.recipes import GroupLayout, TimeAxis
 from halftone.runtime.int8 import MOST_TERMS, ability
 from halftone.runtime.operands import geometry_of
 
@@ -52,7 +52,8 @@ def choose(plan: Plan, denoiser: nn.Module) -> dict[str, Decision]:
     modules: dict[str, list[SitePlan]] = {}
     for site in plan.quantized:
         modules.setdefault(site.module, []).append(site)
-    return {name: _decide(denoiser.get_submodule(name), sites) for name, sites in modules.items()}
+    aligned = plan.axes.group_layout is GroupLayout.ALIGNED
+    return {name: _decide(denoiser.get_submodule(name), sites, aligned) for name, sites in modules.items()}
 
 
 def executed(plan: Plan, decisions: Mapping[str, Decision]) -> Plan:
@@ -84,12 +85,11 @@ def fallbacks(decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
     return found
 
 
-def _decide(module: nn.Module, sites: Iterable[SitePlan]) -> Decision:
+def _decide(module: nn.Module, sites: Iterable[SitePlan], aligned: bool) -> Decision:
     by_kind = {site.kind: site for site in sites}
     for site in by_kind.values():
-        if site.granularity is Granularity.GROUP:
-            return Decision(Kernel.SIMULATED, f"no integer kernel for groups of {site.kind}")
-        if (reason := _unknown(site)) is not None:
+        grouped = site.granularity is Granularity.GROUP
+        if (reason := _ungroupable(site, aligned) if grouped else _unknown(site)) is not None:
             return Decision(Kernel.SIMULATED, reason)
     if by_kind.keys() == _ATTENTION:
         return Decision(Kernel.WHOLE)
@@ -103,6 +103,8 @@ def _decide(module: nn.Module, sites: Iterable[SitePlan]) -> Decision:
         return Decision(Kernel.SIMULATED, f"no integer kernel for {fault}")
     if weight.split != input.split or (weight.split and geometry is not None and geometry.groups != 1):
         return Decision(Kernel.SIMULATED, "its input and its weight are not split alike")
+    if input.groups is not None and geometry is not None and geometry.groups != 1:
+        return Decision(Kernel.SIMULATED, "groups of channels of a convolution that has groups itself")
     if (weight.bits or 0) > _WIDEST_INT8:
         return Decision(Kernel.REFERENCE, f"weights of {weight.bits} bits")
     if module.weight[0].numel() > MOST_TERMS:
@@ -110,6 +112,18 @@ def _decide(module: nn.Module, sites: Iterable[SitePlan]) -> Decision:
     if not ability().usable:
         return Decision(Kernel.REFERENCE, ability().reason)
     return Decision(Kernel.INT8)
+
+
+def _ungroupable(site: SitePlan, aligned: bool) -> str | None:
+    """Why no integer kernel takes a grouped site; None if one does: channels of a layer's input are cut into
+    one product a group where all calls share the partition and every range holds zero."""
+    if not aligned:
+        return "no integer kernel for free groups"
+    if site.kind != "input":
+        return f"no integer kernel for groups of {site.kind}"
+    if site.groups is None:
+        return "groups that only calibration can tell"
+    return "no integer kernel for groups of positions" if site.groups.position_calls else None
 
 
 def _unknown(site: SitePlan) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
 from halftone.runtime.operands import Affine, Geometry, Product, Weight, check_nan, encode, geometry_of, wide
+from halftone.runtime.parts import parts_of
 from halftone.runtime.reference import batched
 from halftone.runtime.whole import (
     BAND,
@@ -18,8 +19,6 @@ from halftone.runtime.whole import (
     Operand,
     WholeAttnProcessor,
     by_bands,
-    cut,
-    halves_of,
     keep_float32,
 )
 from halftone.site_quantizer import SiteQuantizer
@@ -33,8 +32,8 @@ MakeProduct = Callable[[Weight, Geometry | None], Product]
 class IntegerLayer(nn.Module):
     """A Linear or Conv2d over codes: its input is encoded, its weight is codes, its sums are integers.
 
-    The contracted axis may fall into halves with parameters of their own: one product each, added as floats.
-    Buffers: codes as stored, (out, in, ...); weight_scale float32 and weight_zero_point, (halves, out).
+    The contracted axis may fall into parts with parameters of their own: one product each, added as floats.
+    Buffers: codes as stored, (out, in, ...); weight_scale float32 and weight_zero_point, (parts, out).
     Raises UserError on another device than a CPU, and for inputs that hold NaN.
     """
 
@@ -48,27 +47,28 @@ class IntegerLayer(nn.Module):
         super().__init__()
         self.input, self.make, self.bias = input, make, layer.bias
         self.geometry, self.affines = geometry_of(layer), Affines(input)
-        self.split = input.site.split
-        halves = halves_of(weight, self.split)
+        parts = parts_of(input)
+        assert parts is not None
+        self.parts, weights = parts, parts.of_weight(weight)
         self.register_buffer("codes", weight.codes)
-        self.register_buffer("weight_scale", torch.stack([half.scale for half in halves]))
-        self.register_buffer("weight_zero_point", torch.stack([half.zero_point for half in halves]))
+        self.register_buffer("weight_scale", torch.stack([part.scale for part in weights]))
+        self.register_buffer("weight_zero_point", torch.stack([part.zero_point for part in weights]))
         self._products: list[Product] = []
 
     def products(self) -> list[Product]:
-        """Ready for their kernel, one for each half; made at the first call."""
+        """Ready for their kernel, one for each part; made at the first call."""
         if not self._products:
             if self.codes.device.type != "cpu":
                 raise UserError("integer execution runs on the CPU; leave the pipeline there")
-            for k, codes in enumerate(cut(self.codes, self.split, 1)):
+            for k, codes in enumerate(self.parts.cut(self.parts.ordered(self.codes, 1), 1)):
                 weight = Weight(codes, self.weight_scale[k], self.weight_zero_point[k])
                 self._products.append(self.make(weight, self.geometry))
         return self._products
 
     def encoded(self, x: Tensor) -> list[tuple[Tensor, Affine]]:
-        """Codes of the input, and what they stand for, for each half."""
-        halves = zip(self.halves(self.input.divided(x)), self.affines.now(), strict=True)
-        return [(encode(part, affine, self.input.site.name), affine) for part, affine in halves]
+        """Codes of the input, and what they stand for, for each part."""
+        parts = zip(self.in_parts(self.input.divided(x)), self.affines.now(), strict=True)
+        return [(encode(part, affine, self.input.site.name), affine) for part, affine in parts]
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.detach().to(wide(x.dtype))
@@ -79,9 +79,10 @@ class IntegerLayer(nn.Module):
         assert total is not None
         return total.to(x.dtype)
 
-    def halves(self, x: Tensor) -> list[Tensor]:
+    def in_parts(self, x: Tensor) -> list[Tensor]:
         """A tensor like the input as the parts that have parameters of their own."""
-        return cut(x, self.split, -1 if self.geometry is None else 1)
+        axis = -1 if self.geometry is None else 1
+        return self.parts.cut(self.parts.ordered(x, axis), axis)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:
         keep_float32(self, _KEPT, lambda: super(IntegerLayer, self)._apply(fn, recurse))

@@ -231,7 +231,7 @@ class _Comparison:
             assert isinstance(fast, IntegerLayer)
             assert slow.input is not None
             encoded = fast.encoded(args[0])
-            parts = fast.halves(slow.input(args[0]))
+            parts = fast.in_parts(slow.input(args[0]))
             for (codes, affine), values in zip(encoded, parts, strict=True):
                 self._count(name, codes, _codes_of(values, affine))
             self._difference(name, output, slow(args[0]))

@@ -24,6 +24,7 @@ from halftone.quantizers.affine import dequantize
 from halftone.quantizers.bits import Bits
 from halftone.recipes import TimeAxis
 from halftone.runtime.operands import geometry_of, wide
+from halftone.runtime.parts import Parts, parts_of
 from halftone.runtime.whole import WholeAttnProcessor, WholeLayer
 from halftone.site_quantizer import Mode, Parameters, SiteQuantizer, set_divisors, set_mode
 
@@ -85,25 +86,27 @@ def multiply_whole_numbers(denoiser: nn.Module, weights: Mapping[str, WeightCode
                 module.processor = WholeAttnProcessor(*parts)
         elif type(module) is QuantizedLayer and module.input is not None and name in weights:
             weight, layer = weights[name], module.layer
-            if _one_scale(module.input) and _fits(layer, weight, module.input.site.split):
+            found = parts_of(module.input)
+            if found is not None and _fits(layer, weight, found):
                 denoiser.set_submodule(name, WholeLayer(layer, module.input, weight).eval())
 
 
 def _one_scale(quantizer: SiteQuantizer) -> bool:
-    """Whether a call has one scale, or one for each half of a split site or row of probabilities."""
+    """Whether a call has one scale, or one for each row of probabilities."""
     if isinstance(quantizer, ProbabilityQuantizer):
         return True
-    return not quantizer.dynamic and (quantizer.scale.ndim == 1 or quantizer.site.split is not None)
+    return not quantizer.dynamic and quantizer.scale.ndim == 1
 
 
-def _fits(layer: nn.Linear | nn.Conv2d, weight: WeightCodes, split: int | None) -> bool:
-    """Whether the layer slides plainly, and its weight is split as its input is."""
+def _fits(layer: nn.Linear | nn.Conv2d, weight: WeightCodes, parts: Parts) -> bool:
+    """Whether the layer slides plainly, and can be cut as its input is."""
     try:
         geometry = geometry_of(layer)
     except ValueError:
         return False
     halves = weight.scale.numel() > weight.codes.shape[0]
-    return halves == (split is not None) and not (split and geometry is not None and geometry.groups > 1)
+    whole = geometry is None or geometry.groups == 1
+    return halves == parts.split and (whole or not parts.ends)
 
 
 def site_of(plan: SitePlan, denoiser: nn.Module) -> Site:

@@ -20,7 +20,8 @@ from halftone.layers import QuantizedLayer, WeightCodes
 from halftone.probability_quantizer import ProbabilityQuantizer
 from halftone.quantizers.affine import SMALLEST_SCALE
 from halftone.quantizers.log2 import LEAST_OCTAVE, Log2Params, fake_quantize_log2
-from halftone.runtime.operands import Affine, Weight, encode, geometry_of, spread, whole, wide
+from halftone.runtime.operands import Affine, encode, geometry_of, spread, whole, wide
+from halftone.runtime.parts import parts_of
 from halftone.runtime.reference import batched
 from halftone.site_quantizer import Mode, SiteQuantizer
 
@@ -39,51 +40,38 @@ class Affines:
         self._scale: Tensor | None = None
 
     def now(self) -> list[Affine]:
-        """Those that serve the present call: one, or one for each half of a split site."""
+        """Those that serve the present call: one, or one for each part of a layer's input."""
         if self._scale is not self.quantizer.scale:  # it has been set again, or has moved
             self._read = [self._at(slot) for slot in range(self.quantizer.n_calls)]
             self._scale = self.quantizer.scale
         return self._read[self.quantizer.context.slot if len(self._read) > 1 else 0]
 
     def _at(self, slot: int) -> list[Affine]:
-        params, split = self.quantizer.params(slot), self.quantizer.site.split
-        if split is None:
-            return [Affine(params.scale.reshape(()), int(params.zero_point), params.bits)]
+        params, parts = self.quantizer.params(slot), parts_of(self.quantizer)
+        assert parts is not None
         scales, zero_points = params.scale.flatten(), params.zero_point.flatten()
-        return [Affine(scales[k], int(zero_points[k]), params.bits) for k in (0, split)]
-
-
-def cut(x: Tensor, split: int | None, axis: int) -> list[Tensor]:
-    """A tensor as the parts along `axis` that have parameters of their own."""
-    return [x] if split is None else list(x.split([split, x.shape[axis] - split], dim=axis))
-
-
-def halves_of(weight: WeightCodes, split: int | None) -> list[Weight]:
-    """A weight as its parts along the input channels (axis 1), each with one scale per output channel."""
-    starts = [0] if split is None else [0, split]
-    flat = [values.reshape(weight.codes.shape[0], -1) for values in (weight.scale, weight.zero_point)]
-    codes = cut(weight.codes, split, 1)
-    return [
-        Weight(part, *(values[:, start] for values in flat))
-        for part, start in zip(codes, starts, strict=True)
-    ]
+        return [Affine(scales[k], int(zero_points[k]), params.bits) for k in parts.columns]
 
 
 class WholeLayer(QuantizedLayer):
     """A simulated Linear or Conv2d: both operands are whole numbers in a float type.
 
-    Its `weight` holds code - zero point. Buffer: weight_scale float32, (halves, out).
+    Its `weight` holds code - zero point, input channels in the order of the parts of the input. Buffer:
+    weight_scale float32, (parts, out).
     """
 
     weight_scale: Tensor
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, input: SiteQuantizer, weight: WeightCodes) -> None:
         super().__init__(layer, input)
-        self.split, self.geometry, self.affines = input.site.split, geometry_of(layer), Affines(input)
-        halves = halves_of(weight, self.split)
-        steps = torch.cat([half.steps() for half in halves], dim=1).to(layer.weight.dtype)
+        self.geometry, self.affines = geometry_of(layer), Affines(input)
+        self.axis = -1 if self.geometry is None else 1
+        parts = parts_of(input)
+        assert parts is not None
+        self.parts, weights = parts, parts.of_weight(weight)
+        steps = torch.cat([part.steps() for part in weights], dim=1).to(layer.weight.dtype)
         layer.weight = nn.Parameter(steps, requires_grad=False)
-        self.register_buffer("weight_scale", torch.stack([half.scale for half in halves]))
+        self.register_buffer("weight_scale", torch.stack([part.scale for part in weights]))
 
     def forward(self, x: Tensor) -> Tensor:
         if not _plain(x, self.input):
@@ -91,10 +79,10 @@ class WholeLayer(QuantizedLayer):
         assert self.input is not None
         dtype = wide(x.dtype)
         along = spread(self.geometry)
-        x = self.input.divided(x)
+        x = self.parts.ordered(self.input.divided(x), self.axis)
         weight, bias = self.layer.weight.to(dtype), self.layer.bias
         total: Tensor | None = None
-        parts = cut(x, self.split, -1 if self.geometry is None else 1), cut(weight, self.split, 1)
+        parts = self.parts.cut(x, self.axis), self.parts.cut(weight, 1)
         for part, steps, affine, scale in zip(*parts, self.affines.now(), self.weight_scale, strict=True):
             out = self._product(whole(part, affine), steps, None)
             out = out.mul_((affine.scale.to(dtype) * scale.to(dtype)).reshape(along))
@@ -107,10 +95,11 @@ class WholeLayer(QuantizedLayer):
     def _dequantized(self, x: Tensor) -> Tensor:
         """As `QuantizedLayer` does it: the same to float rounding, with gradients, in any mode."""
         out_first = (-1,) + (1,) * (self.layer.weight.ndim - 1)
-        halves = zip(cut(self.layer.weight, self.split, 1), self.weight_scale, strict=True)
-        values = [steps.to(x.dtype) * scale.to(x.dtype).reshape(out_first) for steps, scale in halves]
+        parts = zip(self.parts.cut(self.layer.weight, 1), self.weight_scale, strict=True)
+        values = [steps.to(x.dtype) * scale.to(x.dtype).reshape(out_first) for steps, scale in parts]
         assert self.input is not None
-        return self._product(self.input(x), torch.cat(values, dim=1), self.layer.bias)
+        left = self.parts.ordered(self.input(x), self.axis)
+        return self._product(left, torch.cat(values, dim=1), self.layer.bias)
 
     def _product(self, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
         how = self.geometry
