@@ -81,3 +81,29 @@ def test_an_axis_of_a_preset_can_be_overridden() -> None:
 def test_neutral_is_the_plainest_quantizer() -> None:
     assert PRESETS["minmax"] == Axes()
     assert Axes().time_axis is TimeAxis.SHARED
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"groups": 16, "time_axis": "dynamic"}, "groups: need stored parameters"),
+        ({"groups": 16, "shortcut": "split"}, "write shortcut: whole"),
+        ({"groups": 16, "step_size": "learned"}, "write step_size: fitted"),
+        ({"groups": 33}, "less than or equal to 32"),
+        ({"groups": 0}, "greater than or equal to 1"),
+        ({"group_axis": "channel"}, "there is one group"),
+        ({"group_layout": "aligned"}, "there is one group"),
+        ({"groups": 4, "group_layout": "aligned", "group_axis": "position"}, "write group_axis: channel"),
+        ({"legacy_lookup": True}, "write time_axis: per_call"),
+        ({"legacy_lookup": True, "time_axis": "per_call", "relaxing": "near_x0"}, "relaxing: none"),
+    ],
+)
+def test_groups_that_contradict_other_axes_are_refused(axes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        resolve("minmax", axes)
+
+
+def test_plans_of_recipes_without_groups_do_not_speak_of_them() -> None:
+    said = resolve("static").model_dump(mode="json")
+    assert not {"groups", "group_axis", "group_layout", "legacy_lookup"} & said.keys()
+    assert resolve("static", {"groups": 8}).model_dump(mode="json")["groups"] == 8
