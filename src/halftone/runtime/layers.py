@@ -12,15 +12,8 @@ from halftone.layers import WeightCodes
 from halftone.runtime.operands import Affine, Geometry, Product, Weight, check_nan, encode, geometry_of, wide
 from halftone.runtime.parts import parts_of
 from halftone.runtime.reference import batched
-from halftone.runtime.whole import (
-    BAND,
-    EXACT_FLOAT32,
-    Affines,
-    Operand,
-    WholeAttnProcessor,
-    by_bands,
-    keep_float32,
-)
+from halftone.runtime.whole import Affines, keep_float32
+from halftone.runtime.whole_attention import BAND, EXACT_FLOAT32, Operand, WholeAttnProcessor, by_bands
 from halftone.site_quantizer import SiteQuantizer
 
 _EXACT_BFLOAT16 = 2**8  # a float32 product may round its operands to this, where PyTorch is told to

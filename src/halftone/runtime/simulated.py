@@ -25,7 +25,8 @@ from halftone.quantizers.bits import Bits
 from halftone.recipes import TimeAxis
 from halftone.runtime.operands import geometry_of, wide
 from halftone.runtime.parts import Parts, parts_of
-from halftone.runtime.whole import WholeAttnProcessor, WholeLayer
+from halftone.runtime.whole import WholeLayer
+from halftone.runtime.whole_attention import WholeAttnProcessor
 from halftone.site_quantizer import Mode, Parameters, SiteQuantizer, set_divisors, set_mode
 
 _MODULE_TYPES = ("Linear", "Conv2d", "Attention")
