@@ -19,9 +19,9 @@ from halftone.passes.calibrate import calibrate
 from halftone.passes.state import CalibrationState
 from halftone.passes.weights import quantize_weights
 from halftone.plan import Plan
+from halftone.policies import TimeAxis
 from halftone.probability_quantizer import Form
 from halftone.quantizers.bits import Bits
-from halftone.recipes import TimeAxis
 from halftone.recipes import resolve as axes_of
 from halftone.runtime import simulated
 from halftone.settings import Protocol

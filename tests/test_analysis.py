@@ -12,13 +12,14 @@ from diffusers import StableDiffusionPipeline
 
 from halftone import provenance
 from halftone.analysis import PLAN, RANGES, STATISTICS, analyze, resolve
+from halftone.axes import Axes
 from halftone.denoiser import SiteKind, sites
 from halftone.errors import UserError
 from halftone.passes.state import CalibrationState, SiteParameters
 from halftone.passes.weights import quantize_weights
 from halftone.plan import Plan
+from halftone.policies import TimeAxis
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, TimeAxis
 from halftone.report.plots import SiteRange, ranges_svg, short
 from halftone.settings import Protocol
 from halftone.skeleton import read_skeleton, skeleton_of

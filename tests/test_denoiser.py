@@ -20,7 +20,7 @@ from halftone.denoiser import (
     sites,
 )
 from halftone.errors import UserError
-from halftone.recipes import Shortcut
+from halftone.policies import Shortcut
 from halftone.settings import Protocol
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"

@@ -10,14 +10,15 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.denoiser import Site, SiteKind, sites
 from halftone.errors import UserError
 from halftone.folding import Shared, divisors, reparameterized, reparameterized_layers
 from halftone.layers import QuantizedLayer
 from halftone.plan import Division
+from halftone.policies import Reparameterization, ReparameterizedLayers
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Reparameterization, ReparameterizedLayers
 from halftone.steps.choice import Choice
 from halftone.steps.wrapped import wrapped
 

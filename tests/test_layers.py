@@ -11,13 +11,14 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import nn
 
 from halftone.attention import QuantizedAttnProcessor, install
+from halftone.axes import Axes
 from halftone.denoiser import CallContext, Site, SiteKind, blocks, modules_in_order, sites
 from halftone.errors import UserError
 from halftone.layers import QuantizedLayer, fit_weight, nearest_codes, quantized_layers, set_weights, wrap
 from halftone.passes.weights import quantize_weights
+from halftone.policies import Range
 from halftone.quantizers.affine import AffineParams, dequantize, fake_quantize, fit_affine
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Range
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 
 INPUT = Site("layer", SiteKind.INPUT, "Linear")

@@ -9,15 +9,16 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+from halftone.axes import Axes
 from halftone.denoiser import SiteKind, sites
 from halftone.errors import UserError
 from halftone.files import read_json, write_json
 from halftone.macs import count
 from halftone.plan import Execution, Plan, describe
 from halftone.planner import make_plan
+from halftone.policies import TimeAxis
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import packed_size
-from halftone.recipes import Axes, TimeAxis
 from halftone.settings import Protocol
 
 CALLS = 4

@@ -15,14 +15,16 @@ from pydantic import ValidationError
 import halftone
 from halftone import artefact
 from halftone.attention import QuantizedAttnProcessor
+from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.denoiser import Site, SiteKind, sites
 from halftone.errors import UserError
 from halftone.layers import wrap
 from halftone.plan import Plan, describe, describe_start_token
+from halftone.policies import Probabilities, Scope, StartToken
 from halftone.probability_quantizer import Form, ProbabilityQuantizer
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Probabilities, Scope, StartToken, resolve
+from halftone.recipes import resolve
 from halftone.runtime.integer import simulated_modules
 from halftone.runtime.layers import IntegerAttnProcessor
 from halftone.runtime.whole_attention import BAND, Operand, WholeAttnProcessor, _probabilities, by_bands

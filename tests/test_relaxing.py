@@ -16,6 +16,7 @@ import halftone
 from halftone import artefact
 from halftone.analysis import resolve as plan_of
 from halftone.artefact.manifest import write_manifest
+from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.cli import main
 from halftone.denoiser import Site, SiteKind, denoiser_of
@@ -25,7 +26,7 @@ from halftone.passes.state import CalibrationState, SiteParameters
 from halftone.plan import Execution, Plan
 from halftone.quantizers.affine import AffineParams, dequantize, quantize
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, resolve
+from halftone.recipes import resolve
 from halftone.relaxing import Calls, Interval, Relaxation, Relaxing, Share, relaxed_calls
 from halftone.runtime import integer
 from halftone.runtime.layers import IntegerLayer

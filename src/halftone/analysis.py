@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from halftone.axes import Axes
 from halftone.denoiser import sites
 from halftone.errors import UserError
 from halftone.files import write_json, write_text
@@ -23,7 +24,6 @@ from halftone.plan import GroupPlan, Plan
 from halftone.planner import make_plan
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.groups import Axis
-from halftone.recipes import Axes
 from halftone.relaxing import relaxed_calls
 from halftone.report.plots import SiteCodes, SiteRange, ranges_svg
 from halftone.settings import Protocol

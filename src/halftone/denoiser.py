@@ -21,7 +21,7 @@ from torch import nn
 
 from halftone.calls import CallContext
 from halftone.errors import UserError
-from halftone.recipes import Shortcut
+from halftone.policies import Shortcut
 from halftone.settings import Protocol
 
 __all__ = [

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halftone.passes.schedule import SCHEDULES, STEP_SIZES
-from halftone.recipes import CalibrationInputs, StepSize
+from halftone.policies import CalibrationInputs, StepSize
 from halftone.relaxing import WINDOWS
 from halftone.settings import Settings
 from halftone.workflow.paths import TIMINGS, Rule, applies, outputs

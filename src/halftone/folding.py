@@ -17,9 +17,10 @@ from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from halftone.axes import Axes
 from halftone.denoiser import Site, SiteKind, attends_plainly, is_layer, modules_in_order
 from halftone.plan import Division
-from halftone.recipes import Axes, Reparameterization, ReparameterizedLayers
+from halftone.policies import Reparameterization, ReparameterizedLayers
 
 
 @dataclass(frozen=True)

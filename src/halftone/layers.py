@@ -18,6 +18,7 @@ from halftone.attention import QuantizedAttnProcessor, install
 from halftone.calls import CallContext
 from halftone.denoiser import ATTENTION_KINDS, START_KINDS, Site, SiteKind
 from halftone.errors import UserError
+from halftone.policies import Range
 from halftone.probability_quantizer import PLAIN, Form, ProbabilityQuantizer
 from halftone.quantizers.affine import (
     AffineParams,
@@ -30,7 +31,6 @@ from halftone.quantizers.granularity import PerChannel, reduce_minmax
 from halftone.quantizers.halves import expand, labels
 from halftone.quantizers.layout import Layout, layout_of
 from halftone.quantizers.ranges import PER_TENSOR, lp_range
-from halftone.recipes import Range
 from halftone.relaxing import Relaxation
 from halftone.site_quantizer import SiteQuantizer
 

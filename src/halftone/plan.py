@@ -14,12 +14,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from halftone.axes import MOST_GROUPS, Axes
 from halftone.errors import UserError
 from halftone.files import read_json, write_json
-from halftone.quantizers.bits import Bits
-from halftone.recipes import (
-    MOST_GROUPS,
-    Axes,
+from halftone.policies import (
     GroupLayout,
     Probabilities,
     ProbabilitiesScale,
@@ -28,6 +26,7 @@ from halftone.recipes import (
     StartToken,
     TimeAxis,
 )
+from halftone.quantizers.bits import Bits
 from halftone.relaxing import Interval, Relaxation, relaxed_calls
 from halftone.settings import Protocol
 

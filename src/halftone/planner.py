@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from halftone.axes import Axes
 from halftone.plan import (
     FLOAT_BITS,
     BitOperations,
@@ -21,8 +22,8 @@ from halftone.plan import (
     partitions,
     probabilities_of,
 )
+from halftone.policies import GroupLayout, Range, TimeAxis
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, GroupLayout, Range, TimeAxis
 from halftone.relaxing import Relaxation
 from halftone.settings import Protocol
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.denoiser import Site
 from halftone.errors import UserError
+from halftone.policies import Probabilities, ProbabilitiesScale, Scope
 from halftone.quantizers.affine import AffineParams, fake_quantize, fit_non_negative, quantize
 from halftone.quantizers.log2 import Log2Params, fake_quantize_log2, fit_log2, quantize_log2
-from halftone.recipes import Axes, Probabilities, ProbabilitiesScale, Scope
 from halftone.relaxing import Relaxation
 from halftone.site_quantizer import SiteQuantizer
 

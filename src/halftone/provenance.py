@@ -14,9 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import halftone
+from halftone.axes import Axes
 from halftone.errors import UserError
 from halftone.prompts import prompts_sha256
-from halftone.recipes import Axes
 from halftone.settings import Protocol
 
 KEY = "halftone"  # the one metadata key: safetensors writes several in random order

@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from halftone.axes import Axes
 from halftone.errors import UserError
 from halftone.quantizers.bits import Bits
-from halftone.recipes import FULL_PRECISION, Axes, resolve
+from halftone.recipes import FULL_PRECISION, resolve
 
 GUIDANCE = 7.5
 RENDERS = "scenes"  # real images that are rendered as they are needed

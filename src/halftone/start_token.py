@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from halftone.recipes import Axes, StartToken
+from halftone.axes import Axes
+from halftone.policies import StartToken
 
 
 def tokenizers_of(pipeline: Any) -> list[Any]:

@@ -20,6 +20,7 @@ from halftone.analysis import analyze
 from halftone.artefact import tensors
 from halftone.artefact.load import describe as described
 from halftone.artefact.load import empty_denoiser
+from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.denoiser import Site, SiteKind
 from halftone.errors import UserError
@@ -27,8 +28,9 @@ from halftone.passes.adaptive import Chooser, group_of
 from halftone.passes.calibrate import calibrate
 from halftone.passes.state import CalibrationState
 from halftone.plan import describe
+from halftone.policies import Probabilities, Scope, TimeAxis
 from halftone.probability_quantizer import Form, ProbabilityQuantizer
-from halftone.recipes import Axes, Probabilities, Scope, TimeAxis, resolve
+from halftone.recipes import resolve
 from halftone.report.plots import SiteCodes, SiteRange, ranges_svg
 from halftone.source import load_source
 from halftone.trajectory import run_arguments

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from halftone.axes import Axes
 from halftone.denoiser import CallContext, SiteKind, sites
 from halftone.errors import UserError
 from halftone.files import sha256
@@ -18,9 +19,9 @@ from halftone.layers import set_weights, wrap
 from halftone.passes.calibrate import calibrate
 from halftone.passes.state import CalibrationState
 from halftone.passes.weights import quantize_weights
+from halftone.policies import Range, TimeAxis
 from halftone.provenance import Provenance, describe
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Range, TimeAxis
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs, record, run_arguments
 

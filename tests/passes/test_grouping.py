@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.denoiser import SiteKind, sites
 from halftone.errors import UserError
@@ -23,7 +24,6 @@ from halftone.quantizers.affine import fit_affine
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.granularity import PerGroup, reduce_minmax
 from halftone.quantizers.groups import NO_INDEX, Axis
-from halftone.recipes import Axes
 from halftone.relaxing import Relaxation
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs, run_arguments

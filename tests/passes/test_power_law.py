@@ -12,7 +12,7 @@ from halftone.passes.power_law import (
     fit_power_law,
     likelihood_ratio,
 )
-from halftone.recipes import Alternative
+from halftone.policies import Alternative
 
 FEW = torch.tensor([1.0, 2, 4, 8])
 HEAVY = torch.tensor([1.0, 1, 1, 2, 2, 4, 16, 64])

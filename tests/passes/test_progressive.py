@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
+from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.denoiser import Site, SiteKind, sites
 from halftone.layers import set_weights, wrap
@@ -20,10 +21,10 @@ from halftone.passes.lockstep import Lockstep
 from halftone.passes.progressive import calibrate_progressively, denoiser_calls
 from halftone.passes.state import ActivationParameters
 from halftone.passes.weights import quantize_weights
+from halftone.policies import CalibrationInputs, TimeAxis
 from halftone.quantizers.affine import fit_affine, fit_non_negative
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.ranges import MinMax
-from halftone.recipes import Axes, CalibrationInputs, TimeAxis
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs, record, run_arguments
 

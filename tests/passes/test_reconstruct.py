@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
+from halftone.axes import Axes
 from halftone.denoiser import CallContext, sites
 from halftone.errors import UserError
 from halftone.layers import wrap
@@ -20,9 +21,9 @@ from halftone.passes import reconstruct as reconstruct_module
 from halftone.passes.reconstruct import reconstruct
 from halftone.passes.reconstructed import Reconstructed, load
 from halftone.passes.schedule import SCHEDULES
+from halftone.policies import Range, Rounding, UnitInput
 from halftone.quantizers.affine import dequantize
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Range, Rounding, UnitInput
 from halftone.settings import Budget, Reconstruction
 from halftone.trajectory import Trajectory
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from halftone.axes import Axes
 from halftone.folding import Shared
 from halftone.passes.reparameterize import factors_of, grouped, smooth_factors, tcr_factors
-from halftone.recipes import Axes, Reparameterization, ReparameterizedLayers
+from halftone.policies import Reparameterization, ReparameterizedLayers
 
 SMALL = torch.tensor([[1.0, 4.0], [2.0, 2.0]])
 LARGE = torch.tensor([[1.0, 4.0, 0.5], [2.0, 2.0, 8.0]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halftone.passes.samples import TRAIN_STEPS, calibration_prompts, choose_samples, normal_timesteps
-from halftone.recipes import CalibrationCalls
+from halftone.policies import CalibrationCalls
 from halftone.trajectory import Trajectory
 
 CALLS, PROMPTS = 10, 6

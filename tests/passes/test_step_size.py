@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from halftone.axes import Axes
 from halftone.denoiser import CallContext, SiteKind, sites
 from halftone.layers import WeightCodes, set_weights, wrap
 from halftone.passes import step_size
@@ -17,8 +18,8 @@ from halftone.passes.schedule import STEP_SIZES
 from halftone.passes.state import ActivationParameters
 from halftone.passes.step_size import learn_step_sizes
 from halftone.passes.weights import quantize_weights
+from halftone.policies import Shortcut, StepSize
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Shortcut, StepSize
 from halftone.settings import Budget, Reconstruction
 from halftone.site_quantizer import Mode, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs

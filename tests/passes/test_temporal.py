@@ -9,13 +9,14 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
+from halftone.axes import Axes
 from halftone.denoiser import SiteKind, sites
 from halftone.errors import UserError
 from halftone.passes.reconstruct import reconstruct
 from halftone.passes.temporal import NAME, TemporalBlock
+from halftone.policies import Rounding
+from halftone.policies import TemporalBlock as Choice
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Rounding
-from halftone.recipes import TemporalBlock as Choice
 from halftone.settings import Budget, Reconstruction
 from halftone.trajectory import Trajectory, denoiser_inputs
 

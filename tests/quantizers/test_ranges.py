@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halftone.axes import Axes
+from halftone.policies import Range
 from halftone.quantizers.affine import fake_quantize, fit_affine
 from halftone.quantizers.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from halftone.quantizers.ranges import (
@@ -20,7 +22,6 @@ from halftone.quantizers.ranges import (
     lp_range,
     make_estimator,
 )
-from halftone.recipes import Axes, Range
 
 modest = settings(max_examples=12, deadline=None, derandomize=True)
 ALL: list[Callable[[Granularity], Estimator]] = [

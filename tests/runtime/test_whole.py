@@ -13,8 +13,8 @@ from halftone.attention import QuantizedAttnProcessor
 from halftone.calls import CallContext
 from halftone.denoiser import Site, SiteKind
 from halftone.layers import QuantizedLayer, WeightCodes, fit_weight, nearest_codes
+from halftone.policies import Range
 from halftone.quantizers.affine import fit_affine, fit_non_negative
-from halftone.recipes import Range
 from halftone.runtime.whole import WholeLayer
 from halftone.runtime.whole_attention import WholeAttnProcessor
 from halftone.site_quantizer import Mode, SiteQuantizer

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from halftone.errors import UserError
 from halftone.plan import Granularity, GroupPlan, Plan, SitePlan, label_bits, label_bytes
+from halftone.policies import GroupLayout
 from halftone.quantizers.groups import NO_INDEX, Axis, Grouping
 from halftone.quantizers.layout import layout_of
 from halftone.quantizers.packing import pack, unpack
-from halftone.recipes import GroupLayout
 
 
 def check(site: SitePlan, plan: Plan, denoiser: nn.Module) -> None:

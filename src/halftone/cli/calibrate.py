@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halftone import tracking
+from halftone.axes import Axes
 from halftone.cli import factors as factor_files
 from halftone.cli import options
 from halftone.errors import UserError
-from halftone.recipes import Axes, Rounding
+from halftone.policies import Rounding
 from halftone.relaxing import Interval
 from halftone.settings import Protocol, Reconstruction
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halftone.axes import Axes
 from halftone.cli import options
 from halftone.errors import UserError
-from halftone.recipes import Axes, Reparameterization
+from halftone.policies import Reparameterization
 
 if TYPE_CHECKING:
     from torch import Tensor

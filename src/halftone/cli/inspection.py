@@ -83,7 +83,8 @@ def info(
 
 def schema() -> None:
     """Print the JSON Schema of params.yaml: every key with range and default; and the axes of a recipe."""
-    from halftone.recipes import PRESETS, Axes
+    from halftone.axes import Axes
+    from halftone.recipes import PRESETS
     from halftone.settings import Settings
 
     described = Settings.model_json_schema()

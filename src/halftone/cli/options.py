@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from halftone.axes import Axes
 from halftone.errors import UserError
 from halftone.prompts import read_prompts
 from halftone.quantizers.bits import HIGHEST, LOWEST, Bits
-from halftone.recipes import PRESETS, Axes, resolve
+from halftone.recipes import PRESETS, resolve
 from halftone.settings import (
     GUIDANCE,
     Budget,

@@ -15,7 +15,7 @@ from halftone import tracking
 from halftone.cli import factors as factor_files
 from halftone.cli import options
 from halftone.errors import UserError
-from halftone.recipes import Rounding
+from halftone.policies import Rounding
 from halftone.settings import Protocol, Reconstruction
 
 if TYPE_CHECKING:

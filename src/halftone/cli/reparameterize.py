@@ -7,7 +7,7 @@ import time
 from halftone import tracking
 from halftone.cli import options
 from halftone.errors import UserError
-from halftone.recipes import Reparameterization
+from halftone.policies import Reparameterization
 from halftone.settings import Protocol
 
 

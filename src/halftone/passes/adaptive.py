@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from halftone.axes import Axes
 from halftone.passes.checkpoint import seed_of
 from halftone.passes.power_law import likelihood_ratio
+from halftone.policies import Selector
 from halftone.probability_quantizer import ProbabilityQuantizer
 from halftone.quantizers.affine import fake_quantize
 from halftone.quantizers.log2 import fake_quantize_log2
-from halftone.recipes import Axes, Selector
 
 DRAWN = 16_384
 """Values drawn of every tensor."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.denoiser import SiteKind
 from halftone.errors import UserError
@@ -23,13 +24,13 @@ from halftone.passes.adaptive import Chooser, group_of
 from halftone.passes.grouping import IndexExtremes, ends_of, estimator, fit_site, is_grouped, partition
 from halftone.passes.samples import calibration_prompts
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
+from halftone.policies import GroupLayout, Probabilities, Selector, TimeAxis
 from halftone.probability_quantizer import ProbabilityQuantizer
 from halftone.progress import Progress
 from halftone.quantizers.affine import AffineParams
 from halftone.quantizers.groups import Grouping
 from halftone.quantizers.log2 import fit_log2
 from halftone.quantizers.ranges import Estimator, MinMax, make_estimator
-from halftone.recipes import Axes, GroupLayout, Probabilities, Selector, TimeAxis
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from halftone.axes import Axes
 from halftone.denoiser import SiteKind
 from halftone.errors import UserError
+from halftone.policies import GroupAxis, GroupLayout
 from halftone.quantizers.affine import AffineParams
 from halftone.quantizers.groups import (
     NO_INDEX,
@@ -30,7 +32,6 @@ from halftone.quantizers.groups import (
 )
 from halftone.quantizers.layout import Ends, Layout
 from halftone.quantizers.ranges import Estimator
-from halftone.recipes import Axes, GroupAxis, GroupLayout
 from halftone.site_quantizer import SiteQuantizer
 
 _PARTS = [(f"{axis.name.lower()}_{end}", axis, k) for axis in Axis for k, end in enumerate(("lo", "hi"))]

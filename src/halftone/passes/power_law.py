@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from halftone.recipes import Alternative
+from halftone.policies import Alternative
 
 
 class Fit(NamedTuple):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.errors import UserError
 from halftone.files import explain_disk_faults
@@ -28,8 +29,8 @@ from halftone.passes.calibrate import NONE, Walk
 from halftone.passes.lockstep import Lockstep
 from halftone.passes.rollout import Runs, inputs_at
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters
+from halftone.policies import GroupLayout
 from halftone.progress import Progress
-from halftone.recipes import Axes, GroupLayout
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory
 

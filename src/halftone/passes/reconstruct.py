@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from halftone import __version__
+from halftone.axes import Axes
 from halftone.denoiser import blocks
 from halftone.errors import UserError
 from halftone.files import explain_disk_faults
@@ -36,10 +37,10 @@ from halftone.passes.unit_data import UnitData, Weights, capture
 from halftone.passes.unit_rounding import Begun, learn
 from halftone.passes.unit_trace import Signature, trace
 from halftone.passes.weights import check_weight
+from halftone.policies import TemporalBlock, UnitInput
 from halftone.progress import Progress
 from halftone.quantizers.affine import AffineParams, dequantize
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, TemporalBlock, UnitInput
 from halftone.settings import Reconstruction
 from halftone.trajectory import Sample, Trajectory, sample_inputs
 

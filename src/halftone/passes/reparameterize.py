@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halftone.axes import Axes
 from halftone.errors import UserError
 from halftone.folding import Shared
+from halftone.policies import Reparameterization
 from halftone.progress import Progress
-from halftone.recipes import Axes, Reparameterization
 from halftone.trajectory import Trajectory, denoiser_inputs
 
 _DEAD = 1e-6  # of the largest channel: what is quieter has no range worth dividing by (our choice)

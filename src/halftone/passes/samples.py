@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from halftone.recipes import CalibrationCalls
+from halftone.policies import CalibrationCalls
 from halftone.trajectory import Sample, Trajectory
 
 STRIDE = 2  # of `uniform`: Q-Diffusion takes 25 of the 50 steps of its text-to-image sampler

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from halftone.recipes import Axes
+from halftone.axes import Axes
 from halftone.settings import Budget
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.denoiser import blocks
 from halftone.files import explain_disk_faults
@@ -31,7 +32,6 @@ from halftone.passes.unit_trace import tensors_of, trace
 from halftone.progress import Progress
 from halftone.quantizers import halves
 from halftone.quantizers.affine import AffineParams, dequantize
-from halftone.recipes import Axes
 from halftone.settings import Reconstruction
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, sample_inputs

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from halftone.axes import Axes
 from halftone.denoiser import Site, SiteKind
 from halftone.errors import UserError
 from halftone.layers import WeightCodes, fit_weight, nearest_codes
 from halftone.progress import track
-from halftone.recipes import Axes
 
 
 def quantize_weights(

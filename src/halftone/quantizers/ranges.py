@@ -7,10 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from halftone.axes import Axes
+from halftone.policies import Range
 from halftone.quantizers.affine import check_bits, fake_quantize, fit_affine
 from halftone.quantizers.granularity import Granularity, PerTensor, Rows, reduce_minmax, rows
 from halftone.quantizers.histogram import BINS, Histogram
-from halftone.recipes import Axes, Range
 
 TORCH_MOMENTUM = 0.01
 Q_DIFFUSION_MOMENTUM = 0.05

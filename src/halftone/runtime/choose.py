@@ -12,7 +12,7 @@ from enum import StrEnum
 from torch import nn
 
 from halftone.plan import Execution, Granularity, Plan, Quantizer, SitePlan, describe
-from halftone.recipes import GroupLayout, TimeAxis
+from halftone.policies import GroupLayout, TimeAxis
 from halftone.runtime.int8 import MOST_TERMS, ability
 from halftone.runtime.operands import geometry_of
 

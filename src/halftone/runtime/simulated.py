@@ -19,10 +19,10 @@ from halftone.denoiser import START_KINDS, Site, SiteKind
 from halftone.errors import UserError
 from halftone.layers import QuantizedLayer, WeightCodes, wrap
 from halftone.plan import Plan, SitePlan
+from halftone.policies import TimeAxis
 from halftone.probability_quantizer import Form, ProbabilityQuantizer
 from halftone.quantizers.affine import dequantize
 from halftone.quantizers.bits import Bits
-from halftone.recipes import TimeAxis
 from halftone.runtime.operands import geometry_of, wide
 from halftone.runtime.parts import Parts, parts_of
 from halftone.runtime.whole import WholeLayer

@@ -22,8 +22,8 @@ from halftone.passes.rollout import Runs, runs_of
 from halftone.passes.state import CalibrationState
 from halftone.passes.step_size import learn_step_sizes
 from halftone.passes.weights import quantize_weights
+from halftone.policies import CalibrationInputs, StepSize, TimeAxis
 from halftone.provenance import Provenance
-from halftone.recipes import CalibrationInputs, StepSize, TimeAxis
 from halftone.relaxing import Interval, Relaxation, relaxed_calls
 from halftone.settings import Reconstruction
 from halftone.source import Source

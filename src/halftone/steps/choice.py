@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from halftone.axes import Axes
 from halftone.errors import UserError
+from halftone.policies import Reparameterization, Rounding
 from halftone.provenance import Provenance
 from halftone.quantizers.bits import Bits
-from halftone.recipes import Axes, Reparameterization, Rounding
 from halftone.recipes import resolve as resolve_axes
 from halftone.settings import Protocol
 from halftone.source import Source

@@ -23,8 +23,8 @@ from halftone.passes.aligned import aligned_trajectory
 from halftone.passes.reconstruct import Round, learn_round
 from halftone.passes.reconstructed import Reconstructed, UnitReport
 from halftone.passes.rollout import runs_of
+from halftone.policies import TimeAxis
 from halftone.provenance import Provenance
-from halftone.recipes import TimeAxis
 from halftone.relaxing import Relaxation, relaxed_calls
 from halftone.settings import Reconstruction
 from halftone.source import Source

@@ -27,9 +27,9 @@ from halftone.layers import WeightCodes, quantized_layers, set_weights
 from halftone.passes.checkpoint import seed_of
 from halftone.passes.rollout import Inputs, Outputs, Rollout, Runs, roll, runs_of, teacher_forced
 from halftone.passes.state import set_parameters
+from halftone.policies import TimeAxis
 from halftone.progress import Progress
 from halftone.provenance import Provenance
-from halftone.recipes import TimeAxis
 from halftone.relaxing import WINDOWS, Interval, Relaxation
 from halftone.sensitivity import CLEAR, Measured, Sensitivity, Window, capacity, chosen, gains, windows
 from halftone.settings import Reconstruction

@@ -13,8 +13,8 @@ from halftone.denoiser import Site, is_layer
 from halftone.errors import UserError
 from halftone.folding import divisors, reparameterized, reparameterized_layers
 from halftone.layers import wrap
+from halftone.policies import TimeAxis
 from halftone.probability_quantizer import Form
-from halftone.recipes import TimeAxis
 from halftone.relaxing import Relaxation
 from halftone.site_quantizer import SiteQuantizer, set_divisors
 from halftone.steps.choice import Choice

@@ -10,7 +10,7 @@ import json
 import shlex
 from typing import Any
 
-from halftone.recipes import StepSize
+from halftone.policies import StepSize
 from halftone.settings import Components, Model, RowExecution, Scenario, Settings
 from halftone.workflow import paths
 from halftone.workflow.paths import Rule

@@ -100,7 +100,7 @@ def applies(settings: Settings, rule: Rule, scenario: str) -> bool:
 
 def reconstructed(settings: Settings, scenario: str) -> bool:
     """Whether the scenario's weights are rounded by block reconstruction."""
-    from halftone.recipes import Rounding
+    from halftone.policies import Rounding
 
     row = settings.scenarios[scenario]
     return row.quantized and row.resolved_axes().rounding is not Rounding.NEAREST
@@ -108,7 +108,7 @@ def reconstructed(settings: Settings, scenario: str) -> bool:
 
 def reparameterized(settings: Settings, scenario: str) -> bool:
     """Whether range is moved from the scenario's activations to its weights."""
-    from halftone.recipes import Reparameterization
+    from halftone.policies import Reparameterization
 
     row = settings.scenarios[scenario]
     return row.quantized and row.resolved_axes().reparameterization is not Reparameterization.NONE
