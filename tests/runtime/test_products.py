@@ -17,7 +17,7 @@ from torch.nn import functional
 from halftone.errors import UserError
 from halftone.quantizers.affine import AffineParams, dequantize, fit_affine, quantize
 from halftone.runtime import int8
-from halftone.runtime.operands import Affine, Geometry, Weight, encode, geometry_of, steps
+from halftone.runtime.operands import Affine, Geometry, Weight, encode, geometry_of, whole
 from halftone.runtime.reference import ReferenceProduct, batched
 
 EXACT_FLOAT32 = 2**24
@@ -127,7 +127,7 @@ def test_codes_are_those_of_the_quantizer(bits: int) -> None:
     codes = encode(x, affine)
     assert codes.dtype == (torch.uint8 if bits <= 8 else torch.int32)
     assert torch.equal(codes.int(), quantize(x, params))
-    assert torch.equal(steps(x, affine) * params.scale, dequantize(codes, params))
+    assert torch.equal(whole(x, affine) * params.scale, dequantize(codes, params))
 
 
 def test_nan_has_no_code() -> None:
