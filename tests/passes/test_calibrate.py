@@ -24,6 +24,7 @@ from halftone.provenance import Provenance, describe
 from halftone.quantizers.bits import Bits
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, denoiser_inputs, record, run_arguments
+from parameters import equal
 
 PROMPTS = ["a red star", "a blue ring", "a small green square"]
 SETTINGS: dict[str, Any] = {"steps": 3, "guidance": 5.0, "resolution": 16, "seed": 0}
@@ -159,8 +160,7 @@ def test_an_interrupted_calibration_goes_on_with_the_same_bits(
     assert sorted(set(calls)) == [2, 3]
     assert resumed.keys() == whole.keys()
     for name, parameters in whole.items():
-        for mine, theirs in zip(parameters, resumed[name], strict=True):
-            assert torch.equal(mine, theirs)
+        assert equal(parameters, resumed[name]), name
 
 
 def test_a_checkpoint_of_another_run_is_not_used(
