@@ -51,6 +51,7 @@ def test_a_row_against_itself_is_one_and_gives_nothing_back(tmp_path: Path) -> N
     full, first = row(tmp_path, "fp", 0.0, 1.0), row(tmp_path, "first", 1.0, 0.4)
     found = recoveries(first, first, full)
     assert found["alignment, of the loss"].value == 0
+    assert "fid_to_real, excess" in found
     assert found["fid_to_real, excess"].value == found["fid_to_fp_unpaired, ratio"].value == 1
 
 
@@ -59,6 +60,12 @@ def test_few_images_and_no_loss_leave_figures_out(tmp_path: Path) -> None:
     first, second = row(tmp_path, "first", 1.0, 0.5, count=100), row(tmp_path, "second", 0.5, 1.0, count=100)
     assert set(recoveries(first, second, full)) == {"alignment, of the loss"}
     assert recoveries(full, second, full) == {}
+
+
+def test_shares_of_no_loss_are_left_out(tmp_path: Path) -> None:
+    full = row(tmp_path, "fp", 0.0, 1.0)
+    found = recoveries(full, row(tmp_path, "second", 0.5, 0.9), full)
+    assert set(found) == {"fid_to_fp_unpaired, ratio"}
 
 
 def test_paired_figures_are_compared(tmp_path: Path) -> None:

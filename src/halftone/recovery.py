@@ -21,10 +21,12 @@ from halftone.compare import check_alike
 from halftone.errors import UserError
 from halftone.evaluate import distances
 from halftone.evaluate.comparison import FEWEST_FOR_FRECHET
-from halftone.evaluate.statistics import Estimate, group_jackknife, prompt_groups
+from halftone.evaluate.statistics import Estimate, Floats, group_jackknife, prompt_groups
 
 _SCORES = ("alignment", "alignment_objects", "clip_score")
 Mask = NDArray[np.bool_]
+Share = Callable[[Mask], tuple[float, float]]
+"""Numerator and denominator, of the prompts that a mask keeps."""
 
 
 def recoveries(first: Path, second: Path, full: Path, *, seed: int = 0) -> dict[str, Estimate]:
@@ -33,7 +35,8 @@ def recoveries(first: Path, second: Path, full: Path, *, seed: int = 0) -> dict[
 
     `NAME, of the loss`: (second - first) / (full - first), 1 is all of it back. Where there are enough images
     for Fréchet distances also `fid_to_fp_unpaired, ratio`, `fid_to_fp_unpaired, excess over the floor` and
-    `fid_to_real, excess`: second over first. Intervals of 95 % by a jackknife over groups of prompts.
+    `fid_to_real, excess`: second over first. Intervals of 95 % by a jackknife over groups of prompts. Where
+    the first row's loss cannot be told from none, its shares are left out.
     Raises UserError for rows that were not measured alike, or whose per-image data cannot be read.
     """
     for path in (first, second):
@@ -43,52 +46,42 @@ def recoveries(first: Path, second: Path, full: Path, *, seed: int = 0) -> dict[
     labels = prompt_groups(count, seed)
     found: dict[str, Estimate] = {}
 
-    def add(name: str, ratio: Callable[[Mask], float]) -> None:
-        estimate = group_jackknife(ratio, labels)
-        if np.isfinite([estimate.value, estimate.lo, estimate.hi]).all():
-            found[name] = estimate
+    def add(name: str, share: Share, always: bool = False) -> None:
+        lost = group_jackknife(lambda kept: share(kept)[1], labels)
+        if always or lost.excludes_zero:
+            found[name] = group_jackknife(lambda kept: np.divide(*share(kept)), labels)
 
     for name in _SCORES:
         if all(name in one for one in (a, b, fp)):
             values = [one[name].double().numpy() for one in (a, b, fp)]
-            add(f"{name}, of the loss", _share(*values))
+            add(f"{name}, of the loss", _back(*values))
     if count < FEWEST_FOR_FRECHET:
         return found
     if all("features_b" in one for one in (a, b, fp)):
         seen, base = (a["features_b"], b["features_b"], fp["features_b"]), fp["features_a"]
-        add("fid_to_fp_unpaired, ratio", _ratio(seen[:2], base))
-        add("fid_to_fp_unpaired, excess over the floor", _ratio(seen[:2], base, seen[2]))
+        add("fid_to_fp_unpaired, ratio", _excess(seen[:2], base), always=True)
+        add("fid_to_fp_unpaired, excess over the floor", _excess(seen[:2], base, seen[2]))
     if "features_real" in fp:
-        add(
-            "fid_to_real, excess",
-            _ratio((a["features_a"], b["features_a"]), fp["features_real"], fp["features_a"]),
-        )
+        own = a["features_a"], b["features_a"]
+        add("fid_to_real, excess", _excess(own, fp["features_real"], fp["features_a"]))
     return found
 
 
-def _share(
-    first: NDArray[np.float64], second: NDArray[np.float64], full: NDArray[np.float64]
-) -> Callable[[Mask], float]:
-    def share(kept: Mask) -> float:
-        return _divided((second[kept] - first[kept]).mean(), (full[kept] - first[kept]).mean())
-
-    return share
+def _back(first: Floats, second: Floats, full: Floats) -> Share:
+    """What the second has back of a score, and what the first has lost."""
+    return lambda kept: ((second[kept] - first[kept]).mean(), (full[kept] - first[kept]).mean())
 
 
-def _ratio(pair: tuple[Tensor, ...], to: Tensor, floor: Tensor | None = None) -> Callable[[Mask], float]:
-    """Distance of the second of a pair over that of the first, each less that of the floor."""
+def _excess(pair: tuple[Tensor, ...], to: Tensor, floor: Tensor | None = None) -> Share:
+    """Distances of the second and of the first, each less that of the floor."""
 
-    def ratio(kept: Mask) -> float:
+    def both(kept: Mask) -> tuple[float, float]:
         mask = torch.from_numpy(kept)
         low = 0.0 if floor is None else distances.frechet(floor[mask], to[mask])
         of_first, of_second = (distances.frechet(one[mask], to[mask]) - low for one in pair)
-        return _divided(of_second, of_first)
+        return of_second, of_first
 
-    return ratio
-
-
-def _divided(a: float, b: float) -> float:
-    return a / b if b else float("nan")
+    return both
 
 
 def _tensors(metrics: Path) -> dict[str, Tensor]:
