@@ -27,7 +27,7 @@ from halftone.planner import make_plan
 from halftone.quantizers.bits import Bits
 from halftone.recipes import resolve
 from halftone.settings import Protocol
-from halftone.site_quantizer import Mode, set_mode
+from halftone.site_quantizer import Mode, Parameters, set_mode
 from halftone.source import Source, load_source
 from halftone.trajectory import run_arguments
 from quantized import GUIDANCE, RESOLUTION, STEPS, Calibrated, calibrated, shared_artefact
@@ -174,7 +174,7 @@ def test_a_w4_denoiser_costs_its_bits(tmp_path: Path) -> None:
         )
         for site in tensors.weight_sites(plan)
     }
-    table = torch.ones(calls), torch.full((calls,), 128.0)
+    table = Parameters(torch.ones(calls), torch.full((calls,), 128.0))
     activations = {site.name: table for site in tensors.activation_sites(plan)}
     floats = {name: v for name, v in state.items() if name.removesuffix(".weight") not in weights}
     floats |= {name: v for name, v in state.items() if name.endswith(".bias")}

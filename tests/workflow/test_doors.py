@@ -38,7 +38,7 @@ def checked_out(recorded: Path, tmp_path: Path) -> Path:
 
 def test_record_enters_every_stage(recorded: Path) -> None:
     stages = yaml.safe_load((recorded / "dvc.lock").read_text())["stages"]
-    assert len(stages) == 1 + 3 * 7 + 2
+    assert len(stages) == 1 + 3 * 8 + 2
     assert dvc(recorded, "status", "--quiet").returncode == 0
     assert not [job.name for job in plan(recorded) if job.runs]
 
