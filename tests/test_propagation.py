@@ -85,5 +85,5 @@ def test_the_verb_writes_data_and_plot(
     assert "latents off by" in capsys.readouterr().out
     plot = (tmp_path / "out" / "propagation.svg").read_text()
     assert "narrow" in plot
-    assert "each call from full precision" in plot
+    assert "teacher-forced" in plot
     assert main([*arguments, str(case[3]["narrow"]), "-o", str(tmp_path / "out")]) == 2

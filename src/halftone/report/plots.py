@@ -109,7 +109,7 @@ def errors_svg(rows: Sequence[Errors]) -> str:
             axes[0].fill_between(calls, row.lo, row.hi, color=hue, alpha=0.15, linewidth=0)
             shade(axes[0], row.relaxed, hue)
             if row.forced:
-                label = f"{row.name}, each call from full precision's latents"
+                label = f"{row.name}, teacher-forced"
                 axes[0].plot(calls, row.forced, ":", color=hue, linewidth=1.6, label=label)
         axes[0].set_yscale("log")
         axes[0].set_title("error of the latents after every call, over the norm of full precision's")
