@@ -108,7 +108,7 @@ def group_plan(parameters: SiteParameters) -> GroupPlan | None:
     """How a site is grouped, summed up; None if it is not."""
     if parameters.groups is None:
         return None
-    rows = [parameters.groups.row(at) for at in range(len(parameters.groups.axis))]
+    rows = parameters.groups.rows()
     lengths = {axis: len(labels) for axis, labels in rows}
     return GroupPlan(
         most=max(int(labels.max()) + 1 for _, labels in rows),
@@ -171,7 +171,7 @@ def statistics(found: CalibrationState, plan: Plan) -> dict[str, Any]:
 def _groups(parameters: SiteParameters) -> dict[str, Any]:
     if parameters.groups is None:
         return {}
-    rows = [parameters.groups.row(at) for at in range(len(parameters.groups.axis))]
+    rows = parameters.groups.rows()
     return {
         "groups": [int(labels.max()) + 1 for _, labels in rows],
         "group_axes": [axis.name.lower() for axis, _ in rows],

@@ -47,8 +47,7 @@ def recoveries(first: Path, second: Path, full: Path, *, seed: int = 0) -> dict[
     found: dict[str, Estimate] = {}
 
     def add(name: str, share: Share, always: bool = False) -> None:
-        lost = group_jackknife(lambda kept: share(kept)[1], labels)
-        if always or lost.excludes_zero:
+        if always or group_jackknife(lambda kept: share(kept)[1], labels).excludes_zero:
             found[name] = group_jackknife(lambda kept: np.divide(*share(kept)), labels)
 
     for name in _SCORES:

@@ -57,7 +57,7 @@ def pack_labels(groups: Grouping | None, site: SitePlan, plan: Plan) -> Tensor:
     """Bytes of a site's labels. Raises UserError where they are not those that the plan speaks of."""
     planned = _of(site)
     bits = label_bits(planned.most)
-    rows = [] if groups is None else [groups.row(at)[1] for at in range(len(groups.axis))]
+    rows = [] if groups is None else [labels for _, labels in groups.rows()]
     lengths = [planned.length(at) for at in range(plan.partitions)]
     if [len(row) for row in rows] != lengths:
         raise UserError(f"{site.name}: its groups are not those of the plan; run halftone analyze again")

@@ -81,10 +81,7 @@ def verb(
     relaxed = None
     if sensitivity is not None:
         measured = Sensitivity.load(options.existing(sensitivity, "sensitivity"))
-        if measured.made_for != chosen:
-            raise UserError(
-                f"{sensitivity}: was made for another model, trajectory, recipe or bits; measure again"
-            )
+        options.same_row(sensitivity, measured.made_for, chosen, "measure")
         relaxed = measured.relaxed_calls
     work = options.scratch(scratch, output)
     work.mkdir(parents=True, exist_ok=True)
@@ -137,8 +134,5 @@ def codes_of(weights: Path | None, chosen: Provenance) -> dict[str, WeightCodes]
     if weights is None:
         return None
     found, metadata = load(options.existing(weights, "reconstruct"))
-    if Provenance.from_metadata(metadata, weights) != chosen:
-        raise UserError(
-            f"{weights}: was made for another model, trajectory, recipe or bits; reconstruct again"
-        )
+    options.same_row(weights, Provenance.from_metadata(metadata, weights), chosen, "reconstruct")
     return found.weights

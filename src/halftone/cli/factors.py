@@ -43,8 +43,5 @@ def read(factors: Path | None, chosen: Provenance) -> dict[str, Tensor] | None:
     if factors is None:
         return None
     found, made_for = load(options.existing(factors, "reparameterize"))
-    if made_for != chosen:
-        raise UserError(
-            f"{factors}: was made for another model, trajectory, recipe or bits; reparameterize again"
-        )
+    options.same_row(factors, made_for, chosen, "reparameterize")
     return found

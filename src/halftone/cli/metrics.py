@@ -13,12 +13,8 @@ from halftone.cli import options
 
 
 def verb(
-    images: Annotated[
-        list[Path], typer.Option(help="Zips of the row; repeat for every shard.", show_default=False)
-    ],
-    reference: Annotated[
-        list[Path], typer.Option(help="Zips of full precision; repeat for every shard.", show_default=False)
-    ],
+    images: options.RowImages,
+    reference: options.ReferenceImages,
     output: options.Output,
     prompts: options.Prompts = None,
     artefact: Annotated[

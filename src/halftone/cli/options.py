@@ -39,6 +39,12 @@ ModelArgument = Annotated[
 Revision = Annotated[
     str | None, typer.Option(help="Of a hub id: best a commit of 40 digits.", show_default=False)
 ]
+RowImages = Annotated[
+    list[Path], typer.Option(help="Zips of the row; repeat for every shard.", show_default=False)
+]
+ReferenceImages = Annotated[
+    list[Path], typer.Option(help="Zips of full precision; repeat for every shard.", show_default=False)
+]
 Prompts = Annotated[
     Path | None,
     typer.Option(
@@ -150,6 +156,12 @@ def model(path: str, revision: str | None) -> str:
     if not revision:
         raise UserError(f"{path}: a hub id may change: add --revision, best a commit of 40 digits")
     return path
+
+
+def same_row(path: Path, made_for: Any, chosen: Any, remedy: str) -> None:
+    """Raises UserError for a file that was made for another row than the one chosen."""
+    if made_for != chosen:
+        raise UserError(f"{path}: was made for another model, trajectory, recipe or bits; {remedy} again")
 
 
 def existing(path: Path, made_by: str) -> Path:

@@ -43,6 +43,10 @@ class Grouping(NamedTuple):
         labels = self.labels[at]
         return Axis(int(self.axis[at])), labels[labels != NO_INDEX].long()
 
+    def rows(self) -> list[tuple[Axis, Tensor]]:
+        """Axis and labels of every row held."""
+        return [self.row(at) for at in range(len(self.axis))]
+
 
 def spread(lo: Tensor, hi: Tensor) -> float:
     """How far the extremes (n,) of an axis's indices lie apart: maxima and minima together (DGQ's D)."""
