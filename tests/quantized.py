@@ -85,13 +85,13 @@ def calibrated(
     plan = resolve(skeleton, bits=width, calls=calls, **chosen)
     denoiser = denoiser_of(pipeline)
     apart = kept_apart(axes, partial(tokenizers_of, pipeline))
-    found = sites(denoiser, shortcut=axes.shortcut, start_token=apart)
-    weights = quantize_weights(denoiser, found, axes, width.weight)
+    found = sites(denoiser, shortcut=axes.shortcut, start_token=apart, bits=width)
+    weights = quantize_weights(denoiser, found, axes, width)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     slots = calls if axes.time_axis is TimeAxis.PER_CALL else 1
     dynamic = axes.time_axis is TimeAxis.DYNAMIC
     quantizers = wrap(denoiser, found, width, slots, context, dynamic, plan.relaxation, Form.of(axes))
-    set_weights(denoiser, weights, width.weight)
+    set_weights(denoiser, weights, width)
     activations = calibrate(denoiser, quantizers, context, trajectory, axes, batch_size=2)
     groups = {site: group_plan(parameters) for site, parameters in activations.items()}
     plan = resolve(skeleton, bits=width, calls=calls, groups=groups, **chosen)

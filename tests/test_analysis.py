@@ -36,7 +36,7 @@ def made(
     """A calibration as `halftone calibrate` leaves it, with ranges of our choice: one site grows fourfold."""
     unet = tiny_pipeline.unet
     found = sites(unet)
-    weights = quantize_weights(unet, found, Axes(), 4)
+    weights = quantize_weights(unet, found, Axes(), Bits(4, 8, 8))
     activations = {}
     for site in found:
         if site.quantized and site.kind is not SiteKind.WEIGHT:

@@ -193,6 +193,7 @@ def test_a_w4_denoiser_costs_its_bits(tmp_path: Path) -> None:
     ("bits", "recipe", "axes"),
     [
         ("w8a8", "minmax", {}),
+        ("w4a4s8b8", "static", {}),
         ("w3a6s8", "static", {}),
         ("w4a8", "minmax", {"shortcut": "split"}),
         ("w4a6", "static", {"shortcut": "split"}),

@@ -261,9 +261,9 @@ def test_nearest_weights_of_a_whole_denoiser(tiny_pipeline: Any) -> None:
     errors = []
     for bits in (4, 8, 16):
         twin = copy.deepcopy(denoiser)
-        weights = quantize_weights(twin, found, Axes(), bits)
+        weights = quantize_weights(twin, found, Axes(), Bits.parse(f"w{bits}a8"))
         assert weights.keys() == quantized_layers(twin).keys()
-        set_weights(twin, weights, bits)
+        set_weights(twin, weights, Bits.parse(f"w{bits}a8"))
         errors.append((output(twin) - plain).abs().max().item())
     assert errors[0] > 3 * errors[1] > 3 * errors[2]
     assert errors[2] < 1e-3
@@ -289,7 +289,7 @@ def test_broken_weights_are_named(tiny_pipeline: Any, value: float) -> None:
     denoiser = copy.deepcopy(tiny_pipeline.unet)
     denoiser.mid_block.resnets[1].conv2.weight.data[3, 2, 1, 0] = value
     with pytest.raises(UserError, match=r"mid_block\.resnets\.1\.conv2\.weight: 1 of"):
-        quantize_weights(denoiser, sites(denoiser), Axes(), 8)
+        quantize_weights(denoiser, sites(denoiser), Axes(), Bits(8, 8, 8))
 
 
 def test_set_mode_takes_a_mapping_or_a_list() -> None:

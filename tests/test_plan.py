@@ -26,7 +26,8 @@ CALLS = 4
 
 def plan_of(denoiser: nn.Module, bits: str = "w4a8", axes: Axes | None = None, **options: object) -> Plan:
     settings: dict = {"recipe": "minmax", "protocol": Protocol.EQUAL, "calls": CALLS, **options}
-    return make_plan(denoiser, sites(denoiser), axes or Axes(), Bits.parse(bits), **settings)
+    width = Bits.parse(bits)
+    return make_plan(denoiser, sites(denoiser, bits=width), axes or Axes(), width, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,29 @@ def test_every_site_is_quantized_or_has_a_reason(unet: UNet2DConditionModel) -> 
     assert widths == {kind: {8} for kind in SiteKind} | {SiteKind.WEIGHT: {4}, SiteKind.PROBABILITIES: {6}}
     assert sum(number for _, _, number in plan.counts()) == len(plan.sites)
     assert sum(len(names) for _, names in plan.float_list()) == len(plan.left_float)
+
+
+def test_first_and_last_layer_of_a_width_of_their_own(unet: UNet2DConditionModel) -> None:
+    plan = plan_of(unet, "w4a6b8", Axes(time_axis=TimeAxis.PER_CALL))
+    assert not plan.left_float
+    ends = {site.bits for site in plan.sites if site.module in ("conv_in", "conv_out")}
+    between = {site.bits for site in plan.sites if site.module not in ("conv_in", "conv_out")}
+    assert (ends, between) == ({8}, {4, 6})
+    assert plan.columns()["boundary_bits"] == 8
+    assert plan_of(unet, "w4a6").columns()["boundary_bits"] is None
+    weights = {m: unet.get_submodule(m).weight.numel() for m in ("conv_in", "conv_out")}
+    assert plan.sizes.packed == plan_of(unet, "w4a6").sizes.packed + sum(weights.values())
+
+
+@pytest.mark.parametrize("text", ["w4a4", "w4a4s8", "w4a4b8", "w4a4s8b6"])
+def test_widths_are_read_and_said_alike(text: str) -> None:
+    assert str(Bits.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["w4a4b1", "w4a4b17", "w4a4b", "w4a4b8s8"])
+def test_widths_that_there_are_not(text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Bits.parse(text)
 
 
 def test_sizes_by_hand(unet: UNet2DConditionModel) -> None:

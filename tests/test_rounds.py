@@ -147,7 +147,7 @@ def aligned(recorded: Recorded, choice: Choice, folder: Path) -> Trajectory:
     """What the model with weights rounded to nearest gives its denoiser."""
     source, trajectory, known = recorded
     denoiser = denoiser_of(source.pipeline)
-    codes = quantize_weights(denoiser, sites(denoiser), choice.axes, choice.bits.weight)
+    codes = quantize_weights(denoiser, sites(denoiser), choice.axes, choice.bits)
     folder.mkdir()
     work = step._Work(source, known, choice, None, SMOKE, 0, folder, None)
     return work._aligned(Round(1, Reconstructed(codes, ()), {}, "nearest"), trajectory)[0]

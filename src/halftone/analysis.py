@@ -83,7 +83,7 @@ def resolve(
         relaxed = relaxed_calls(axes.relaxing, calls)
     macs = count(skeleton.denoiser, latent_size=skeleton.latent_size, text_tokens=skeleton.text_tokens)
     apart = kept_apart(axes, skeleton.tokenizers)
-    found = sites(skeleton.denoiser, protocol, recipe, axes.shortcut, apart)
+    found = sites(skeleton.denoiser, protocol, recipe, axes.shortcut, apart, bits=bits)
     return make_plan(
         skeleton.denoiser,
         found,

@@ -44,6 +44,7 @@ COLUMNS = (
     Column("weight_bits", "width of the quantized weights"),
     Column("act_bits", "width of the quantized activations"),
     Column("softmax_bits", "width of the attention probabilities"),
+    Column("boundary_bits", "width of the first and the last layer, where it is one of their own"),
     Column("avg_act_bits", "mean width of the quantized activation sites, each counted once per call"),
     Column("float_sites", "sites left in float"),
     Column("n_images", "images of the row, per seed set"),

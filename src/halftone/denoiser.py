@@ -22,6 +22,7 @@ from torch import nn
 from halftone.calls import CallContext
 from halftone.errors import UserError
 from halftone.policies import Shortcut
+from halftone.quantizers.bits import Bits
 from halftone.settings import Protocol
 
 __all__ = [
@@ -75,6 +76,15 @@ class Site:
     @property
     def quantized(self) -> bool:
         return self.float_reason is None
+
+
+def width_at(module: str, kind: SiteKind, bits: Bits) -> int:
+    """Bits of a quantized site of a module."""
+    if bits.boundary is not None and module in _BOUNDARY:
+        return bits.boundary
+    if kind is SiteKind.WEIGHT:
+        return bits.weight
+    return bits.softmax if kind is SiteKind.PROBABILITIES else bits.activation
 
 
 class BlockKind(StrEnum):
@@ -190,6 +200,8 @@ def sites(
     recipe: str = "minmax",
     shortcut: Shortcut = Shortcut.WHOLE,
     start_token: bool = False,
+    *,
+    bits: Bits | None = None,
 ) -> list[Site]:
     """Every site of a denoiser in forward order, also those that stay in float, with the reason.
 
@@ -197,16 +209,18 @@ def sites(
     Protocol `equal` is one list for every recipe: all Linear and Conv2d but the first and the last, q, k, v
     and probabilities. With `shortcut` split, input and weight of shortcut convolutions that read a
     concatenation say where it falls apart. With `start_token` keys and probabilities of cross-attention leave
-    the first token out (see `halftone.start_token`). Raises UserError where protocol `paper` knows no
+    the first token out (see `halftone.start_token`). With `bits` that have a width for the first and the
+    last layer, these are quantized whatever the protocol. Raises UserError where protocol `paper` knows no
     authors for the recipe.
     """
     authors = _authors(protocol, recipe)
+    boundary_too = authors.boundary or (bits is not None and bits.boundary is not None)
     halves = concat_shortcuts(denoiser) if shortcut is Shortcut.SPLIT else {}
     found: list[Site] = []
     for name, module in modules_in_order(denoiser):
         if not is_layer(module):
             continue
-        boundary = name in _BOUNDARY and not authors.boundary
+        boundary = name in _BOUNDARY and not boundary_too
         reason = f"first or last layer stays in float (protocol {protocol})" if boundary else None
         split = None if reason else halves.get(name)
         kinds = SiteKind.INPUT, SiteKind.WEIGHT

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from halftone.attention import QuantizedAttnProcessor, install
 from halftone.calls import CallContext
-from halftone.denoiser import ATTENTION_KINDS, START_KINDS, Site, SiteKind
+from halftone.denoiser import ATTENTION_KINDS, START_KINDS, Site, SiteKind, width_at
 from halftone.errors import UserError
 from halftone.policies import Range
 from halftone.probability_quantizer import PLAIN, Form, ProbabilityQuantizer
@@ -185,7 +185,7 @@ def wrap(
     quantizers: dict[str, SiteQuantizer] = {}
 
     def make(site: Site) -> SiteQuantizer:
-        width = bits.softmax if site.kind is SiteKind.PROBABILITIES else bits.activation
+        width = width_at(site.module, site.kind, bits)
         if site.kind is SiteKind.PROBABILITIES and probabilities != PLAIN:
             heads = int(denoiser.get_submodule(site.module).heads)
             own = ProbabilityQuantizer(site, width, n_calls, context, probabilities, heads, relaxation)
@@ -225,12 +225,13 @@ def quantized_layers(denoiser: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, QuantizedLayer)}
 
 
-def set_weights(denoiser: nn.Module, weights: Mapping[str, WeightCodes], bits: int, **options: bool) -> None:
+def set_weights(denoiser: nn.Module, weights: Mapping[str, WeightCodes], bits: Bits, **options: bool) -> None:
     """`set_weight_codes` for every layer named in `weights`. Raises KeyError for a name that is no wrapped
     layer."""
     layers = quantized_layers(denoiser)
     for name, weight in weights.items():
-        layers[name].set_weight_codes(weight.codes, weight.params(bits), **options)
+        params = weight.params(width_at(name, SiteKind.WEIGHT, bits))
+        layers[name].set_weight_codes(weight.codes, params, **options)
 
 
 def _channels(denoiser: nn.Module, module: str) -> int:

@@ -291,6 +291,7 @@ class Plan(_Part):
             "weight_bits": bits.weight,
             "act_bits": bits.activation,
             "softmax_bits": bits.softmax,
+            "boundary_bits": bits.boundary,
             "avg_act_bits": None if average is None else round(average, 3),
             "float_sites": len(self.left_float),
             "weight_mib": round(self.sizes.weight_mib, 3),

@@ -99,7 +99,7 @@ def _resolve(
     execution: Execution,
     division: Division | None,
 ) -> SitePlan:
-    from halftone.denoiser import SiteKind
+    from halftone.denoiser import SiteKind, width_at
 
     weight = site.kind is SiteKind.WEIGHT
     common: dict[str, Any] = {
@@ -126,7 +126,7 @@ def _resolve(
         return SitePlan(
             **common,
             execution=execution,
-            bits=bits.weight,
+            bits=width_at(site.module, site.kind, bits),
             quantizer=Quantizer.AFFINE,
             granularity=Granularity.CHANNEL if site.split is None else Granularity.CHANNEL_AND_HALF,
             range=axes.weight_range,
@@ -144,7 +144,7 @@ def _resolve(
     return SitePlan(
         **common,
         execution=execution,
-        bits=bits.softmax if probabilities else bits.activation,
+        bits=width_at(site.module, site.kind, bits),
         quantizer=quantizer,
         granularity=Granularity.GROUP if grouped else granularity,
         # groups reach from smallest to largest value

@@ -166,7 +166,7 @@ def _bits(text: str | None) -> str | None:
 class Scenario(_Section):
     model: str
     recipe: str
-    bits: Annotated[str | None, AfterValidator(_bits)] = Field(None, description="w4a8, or w4a4s8")
+    bits: Annotated[str | None, AfterValidator(_bits)] = Field(None, description="w4a8, w4a4s8 or w4a4b8")
     protocol: Protocol = Protocol.EQUAL
     tier: str
     axes: dict[str, Any] = Field(default_factory=dict, description="axes of the recipe to override")

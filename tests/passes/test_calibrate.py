@@ -64,7 +64,7 @@ def error(pipeline: Any, trajectory: Trajectory, bits: str, axes: Axes = PER_CAL
     """(largest, root mean square) difference of a quantized denoiser's outputs from full precision."""
     model = wrapped(pipeline, trajectory, bits, axes)
     plain = outputs(model, trajectory, Mode.OFF)
-    width = Bits.parse(bits).weight
+    width = Bits.parse(bits)
     found = quantize_weights(model.denoiser, sites(model.denoiser), axes, width)
     set_weights(model.denoiser, found, width)
     calibrate(*model, trajectory, axes, batch_size=3)
@@ -198,8 +198,8 @@ def test_the_state_file_makes_the_same_denoiser_again(
 ) -> None:
     bits = Bits.parse("w4a8")
     model = wrapped(tiny_pipeline, trajectory, "w4a8")
-    weights = quantize_weights(model.denoiser, sites(model.denoiser), PER_CALL, 4)
-    set_weights(model.denoiser, weights, 4)
+    weights = quantize_weights(model.denoiser, sites(model.denoiser), PER_CALL, Bits(4, 8, 8))
+    set_weights(model.denoiser, weights, Bits(4, 8, 8))
     activations = calibrate(*model, trajectory, PER_CALL, batch_size=3)
     state = CalibrationState(weights, activations, trajectory.timesteps, trajectory.noise_levels)
     for name in ("one", "two"):

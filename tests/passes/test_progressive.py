@@ -44,10 +44,10 @@ class Case:
         self.trajectory: Trajectory = record(pipeline, PROMPTS, batch_size=2, **HOW)
         self.denoiser = pipeline.unet
         width, found = Bits.parse(bits), sites(pipeline.unet)
-        weights = quantize_weights(self.denoiser, found, AXES, width.weight)
+        weights = quantize_weights(self.denoiser, found, AXES, width)
         self.context = CallContext(self.trajectory.timesteps, self.trajectory.noise_levels)
         self.quantizers = wrap(self.denoiser, found, width, self.trajectory.n_calls, self.context)
-        set_weights(self.denoiser, weights, width.weight)
+        set_weights(self.denoiser, weights, width)
         self.reference = calibrate(
             self.denoiser, self.quantizers, self.context, self.trajectory, AXES, batch_size=2
         )

@@ -120,6 +120,15 @@ def test_rows_whose_weights_are_learned_alike_share_them(
     assert not any(list((tmp_path / name).glob("unit-*")) for name in ("one", "two", "three"))
 
 
+def test_the_first_layer_is_learned_at_its_own_width(
+    denoiser: UNet2DConditionModel, trajectory: Trajectory, tmp_path: Path
+) -> None:
+    modules = ["conv_in", LAYER]
+    found = reconstruct(denoiser, trajectory, AXES, Bits.parse("w2a8b6"), SMOKE, 0, tmp_path, modules)
+    assert int(found.weights[LAYER].codes.max()) == 3
+    assert 3 < int(found.weights["conv_in"].codes.max()) <= 63
+
+
 def test_codes_are_those_that_make_the_error_reported(
     denoiser: UNet2DConditionModel, trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

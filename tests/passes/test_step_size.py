@@ -34,7 +34,7 @@ class Case:
         self.trajectory = trajectory
         self.denoiser = copy.deepcopy(pipeline.unet).requires_grad_(False)
         found = sites(self.denoiser, shortcut=AXES.shortcut)
-        self.codes = quantize_weights(self.denoiser, found, AXES, BITS.weight)
+        self.codes = quantize_weights(self.denoiser, found, AXES, BITS)
         self.context = CallContext(trajectory.timesteps, trajectory.noise_levels)
         self.quantizers = wrap(self.denoiser, found, BITS, 1, self.context)
         self.fitted = calibrate(self.denoiser, self.quantizers, self.context, trajectory, AXES, batch_size=2)
@@ -49,7 +49,7 @@ class Case:
             self.fitted,
             AXES,
             HOW,
-            weight_bits=BITS.weight,
+            bits=BITS,
             seed=0,
             checkpoint=checkpoint,
         )
@@ -69,7 +69,7 @@ def case(tiny_pipeline: Any, trajectory: Trajectory) -> Case:
 
 
 def use(case: Case, weights: dict[str, WeightCodes]) -> None:
-    set_weights(case.denoiser, weights, BITS.weight)
+    set_weights(case.denoiser, weights, BITS)
 
 
 def test_the_output_comes_closer_to_full_precision(case: Case, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from halftone.files import write_json, write_text
 from halftone.report.summary import read_csv, summarize
 
 DESIGNED = """
-model scenario recipe protocol tier execution weight_bits act_bits softmax_bits avg_act_bits float_sites
-n_images fid_to_fp fid_to_fp_unpaired kid_to_fp fid_to_real inception_score clip_score
+model scenario recipe protocol tier execution weight_bits act_bits softmax_bits boundary_bits avg_act_bits
+float_sites n_images fid_to_fp fid_to_fp_unpaired kid_to_fp fid_to_real inception_score clip_score
 alignment_objects alignment abstain_rate lpips psnr ssim alignment_flips latent_error size_mib weight_mib bops
 denoiser_calls quantize_seconds sample_seconds peak_mib seed prompts_sha256 features artefact_sha256
 """

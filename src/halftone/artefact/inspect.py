@@ -13,7 +13,6 @@ from halftone.artefact.load import Description, describe, empty_denoiser, load, 
 from halftone.artefact.manifest import Manifest, artefact_sha256, check_file, check_no_strays, read_manifest
 from halftone.errors import UserError
 from halftone.plan import MIB, describe_relaxing, describe_start_token
-from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import packed_size
 from halftone.runtime import choose
 from halftone.settings import Components
@@ -121,6 +120,6 @@ def component_facts(described: Description, name: str) -> dict[str, Any]:
 
 def ideal_bytes(described: Description) -> int:
     """Bytes of the denoiser's codes at their bits, and of its float rest as it is stored; nothing else."""
-    bits = Bits.parse(described.plan.bits)
-    codes = sum(packed_size(site.elements or 0, bits.weight) for site in tensors.weight_sites(described.plan))
+    weights = tensors.weight_sites(described.plan)
+    codes = sum(packed_size(site.elements or 0, site.bits or 0) for site in weights)
     return codes + strict.float_bytes(described.tensors)

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from halftone.artefact import groups, strict
+from halftone.denoiser import SiteKind, width_at
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
 from halftone.plan import Division, Plan, Quantizer, SitePlan
@@ -91,12 +92,11 @@ def adaptive_sites(plan: Plan) -> list[SitePlan]:
 def save(path: Path, contents: Contents, plan: Plan) -> None:
     """Write the file, the same bytes for the same contents. Raises UserError for what cannot be stored."""
     tensors: dict[str, Tensor] = {}
-    bits = Bits.parse(plan.bits)
-    for module, weight in contents.weights.items():
+    for site in weight_sites(plan):
         try:
-            tensors[f"codes/{module}"] = pack(weight.codes, bits.weight)
+            tensors[f"codes/{site.module}"] = pack(contents.weights[site.module].codes, site.bits or 0)
         except ValueError as fault:
-            raise UserError(f"weight of {module}: {fault}; run halftone calibrate again") from None
+            raise UserError(f"weight of {site.module}: {fault}; run halftone calibrate again") from None
     weights = [_compact(contents.weights[site.module][1:], site, 1) for site in weight_sites(plan)]
     activations = [_held(contents.activations[site.name], site) for site in activation_sites(plan)]
     for group, pairs in (
@@ -147,12 +147,13 @@ def expected_tensors(plan: Plan, denoiser: nn.Module) -> strict.Expected:
     quantized = set()
     for site in weight_sites(plan):
         weight = state.get(f"{site.module}.weight")
-        if weight is None or site.bits != bits.weight or site.elements != weight.numel():
+        width = width_at(site.module, SiteKind.WEIGHT, bits)
+        if weight is None or site.bits != width or site.elements != weight.numel():
             raise UserError(
                 f"plan: the weight of {site.module[:200]} is not one of the denoiser's, or of other size"
             )
         quantized.add(f"{site.module}.weight")
-        expected[f"codes/{site.module}"] = (torch.uint8,), (packed_size(weight.numel(), bits.weight),)
+        expected[f"codes/{site.module}"] = (torch.uint8,), (packed_size(weight.numel(), width),)
         if site.parameters != weight.shape[0] * _halves(site):
             raise UserError(
                 f"plan: {site.name[:200]} has {site.parameters} parameters, not {weight.shape[0]}"
@@ -187,13 +188,12 @@ def expected_tensors(plan: Plan, denoiser: nn.Module) -> strict.Expected:
 
 
 def _unpacked(path: Path, plan: Plan, denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Contents:
-    bits = Bits.parse(plan.bits)
     shapes = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
     weights = {}
     for site, scale, zero_point in _split(weight_sites(plan), "weight", tensors):
         shape = shapes[f"{site.module}.weight"]
         try:
-            codes = unpack(tensors[f"codes/{site.module}"], bits.weight, shape)
+            codes = unpack(tensors[f"codes/{site.module}"], site.bits or 0, shape)
         except ValueError as fault:
             raise UserError(f"{path}: codes/{site.module}: {fault}") from None
         weights[site.module] = WeightCodes(

@@ -92,7 +92,8 @@ BitsOption = Annotated[
     str,
     typer.Option(
         "--bits",
-        help=f"w4a8: 4-bit weights, 8-bit activations; w4a4s8: 8-bit probabilities. {LOWEST} to {HIGHEST}.",
+        help="w4a8: 4-bit weights, 8-bit activations; w4a4s8: 8-bit probabilities; w4a4b8: first and last "
+        f"layer of 8 bits, in float without. {LOWEST} to {HIGHEST}.",
         show_default=False,
     ),
 ]

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from halftone import __version__
 from halftone.axes import Axes
-from halftone.denoiser import blocks
+from halftone.denoiser import SiteKind, blocks, width_at
 from halftone.errors import UserError
 from halftone.files import explain_disk_faults
 from halftone.layers import WeightCodes, fit_weight, nearest_codes, store_codes
@@ -195,7 +195,7 @@ class _Work:
             codes |= found.weights
             reports += found.units
             for name, weight in found.weights.items():
-                value = dequantize(weight.codes, weight.params(self.bits.weight))
+                value = dequantize(weight.codes, weight.params(self._width(name)))
                 self.weights.rounded[name] = value.to(self.weights.full_precision[name])
         for name, params in idle.items():
             codes[name] = _on_cpu(nearest_codes(self.weights.full_precision[name], params))
@@ -207,7 +207,7 @@ class _Work:
         for name, weight in self.weights.full_precision.items():
             check_weight(name, weight)
         params = {
-            name: fit_weight(weight, self.bits.weight, self.axes.weight_range, self.splits.get(name))
+            name: fit_weight(weight, self._width(name), self.axes.weight_range, self.splits.get(name))
             for name, weight in self.weights.full_precision.items()
         }
         apart = [] if self.temporal is None else [n for n in self.temporal.names if n in params]
@@ -225,6 +225,9 @@ class _Work:
             units.insert(0, _Unit(data.signature, {name: params[name] for name in apart}, data))
         running = {name for unit in units for name in unit.params}
         return units, {name: one for name, one in params.items() if name not in running}
+
+    def _width(self, layer: str) -> int:
+        return width_at(layer, SiteKind.WEIGHT, self.bits)
 
     def _inputs(self, samples: Sequence[Sample]) -> dict[str, object]:
         first = next(self.denoiser.parameters())
@@ -339,7 +342,7 @@ class _Work:
         first = next(self.denoiser.parameters())
         facts = {
             "axes": self.axes.model_dump(mode="json", include=_AXES),
-            "bits": self.bits.weight,
+            "bits": [self.bits.weight, self.bits.boundary],
             "settings": self.settings.model_dump(mode="json"),
             "schedule": dataclasses.asdict(self.schedule),
             "seed": self.seed,

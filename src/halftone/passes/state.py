@@ -68,7 +68,7 @@ class CalibrationState:
 
     def apply(self, denoiser: nn.Module, quantizers: Mapping[str, SiteQuantizer], bits: Bits) -> None:
         """Put weights and parameters into a wrapped denoiser; modes stay as they are."""
-        set_weights(denoiser, self.weights, bits.weight)
+        set_weights(denoiser, self.weights, bits)
         set_parameters(quantizers, self.activations)
 
     def save(self, path: Path | str, provenance: Provenance) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from halftone.axes import Axes
 from halftone.calls import CallContext
-from halftone.denoiser import blocks
+from halftone.denoiser import SiteKind, blocks, width_at
 from halftone.files import explain_disk_faults
 from halftone.layers import WeightCodes
 from halftone.passes import checkpoint as checkpoints
@@ -32,6 +32,7 @@ from halftone.passes.unit_trace import tensors_of, trace
 from halftone.progress import Progress
 from halftone.quantizers import halves
 from halftone.quantizers.affine import AffineParams, dequantize
+from halftone.quantizers.bits import Bits
 from halftone.settings import Reconstruction
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.trajectory import Trajectory, sample_inputs
@@ -47,7 +48,7 @@ def learn_step_sizes(
     axes: Axes,
     settings: Reconstruction,
     *,
-    weight_bits: int,
+    bits: Bits,
     seed: int,
     checkpoint: Path,
 ) -> ActivationParameters:
@@ -57,8 +58,8 @@ def learn_step_sizes(
     keeps every finished unit, so that the same call goes on with the same bits; the caller removes it.
     Raises UserError where a value is not finite, and for a full disk.
     """
-    work = _Work(denoiser, quantizers, trajectory, codes, axes, settings, weight_bits, seed)
-    facts = [axes.model_dump(mode="json"), settings.model_dump(mode="json"), seed, weight_bits]
+    work = _Work(denoiser, quantizers, trajectory, codes, axes, settings, bits, seed)
+    facts = [axes.model_dump(mode="json"), settings.model_dump(mode="json"), seed, str(bits)]
     digest = hashlib.sha256(checkpoints.fingerprint(denoiser, trajectory, facts).encode())
     for name, parameters in fitted.items():
         digest.update(f"{name} {quantizers[name].bits} {parameters.scale.tolist()}".encode())
@@ -88,7 +89,7 @@ class _Work:
         codes: Mapping[str, WeightCodes],
         axes: Axes,
         settings: Reconstruction,
-        weight_bits: int,
+        bits: Bits,
         seed: int,
     ) -> None:
         self.denoiser, self.quantizers, self.trajectory = denoiser, quantizers, trajectory
@@ -96,7 +97,7 @@ class _Work:
         self.schedule = STEP_SIZES[settings.budget]
         self.weights = Weights(denoiser, list(codes))
         for name, weight in codes.items():
-            value = dequantize(weight.codes, weight.params(weight_bits))
+            value = dequantize(weight.codes, weight.params(width_at(name, SiteKind.WEIGHT, bits)))
             self.weights.rounded[name] = value.to(self.weights.full_precision[name])
         count = SCHEDULES[settings.budget].samples
         self.samples = choose_samples(trajectory, count, seed, axes.calibration_calls)
@@ -117,7 +118,7 @@ class _Work:
             sample_inputs(self.trajectory, (self.samples * 2)[:count], device=first.device, dtype=first.dtype)
             for count in (1, 2)
         ]
-        inside = {block.name: self._sites_in(block.name) for block in blocks(self.denoiser)}
+        inside = {block.name: self._sites_in(block.name) for block in blocks(self.denoiser, boundary=True)}
         units = trace(self.denoiser, [name for name, found in inside.items() if found], *rows)
         progress = Progress("step sizes", len(units))
         for place, signature in enumerate(units):

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from halftone.axes import Axes
-from halftone.denoiser import Site, SiteKind
+from halftone.denoiser import Site, SiteKind, width_at
 from halftone.errors import UserError
 from halftone.layers import WeightCodes, fit_weight, nearest_codes
 from halftone.progress import track
+from halftone.quantizers.bits import Bits
 
 
 def quantize_weights(
-    denoiser: nn.Module, sites: Iterable[Site], axes: Axes, bits: int
+    denoiser: nn.Module, sites: Iterable[Site], axes: Axes, bits: Bits
 ) -> dict[str, WeightCodes]:
     """Nearest codes of every quantized weight, by module name; the denoiser, wrapped or not, stays as it is.
 
@@ -27,7 +28,7 @@ def quantize_weights(
         weight = denoiser.get_submodule(site.module).weight
         assert isinstance(weight, Tensor)
         check_weight(site.module, weight)
-        params = fit_weight(weight, bits, axes.weight_range, site.split)
+        params = fit_weight(weight, width_at(site.module, site.kind, bits), axes.weight_range, site.split)
         found[site.module] = nearest_codes(weight, params)
     return found
 

@@ -104,7 +104,8 @@ def _errors(
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     with restored(denoiser):
         # parameters are shared by all calls, so nobody has to say which call it is
-        quantizers = wrap(denoiser, sites(denoiser, choice.protocol, choice.recipe), choice.bits, 1, context)
+        found = sites(denoiser, choice.protocol, choice.recipe, bits=choice.bits)
+        quantizers = wrap(denoiser, found, choice.bits, 1, context)
         state.apply(denoiser, quantizers, choice.bits)
         set_mode(quantizers, Mode.QUANTIZE)
         forced = _outputs(denoiser, trajectory, batch_size, "single calls")

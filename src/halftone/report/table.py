@@ -113,6 +113,7 @@ def _name(row: Row) -> str:
     widths = [("w", row.get("weight_bits")), ("a", row.get("act_bits"))]
     if row.get("softmax_bits") != row.get("act_bits"):
         widths.append(("s", row.get("softmax_bits")))
+    widths.append(("b", row.get("boundary_bits")))
     bits = "".join(f"{letter}{width}" for letter, width in widths if not blank(width))
     protocol = ", sites of its paper" if row.get("protocol") == "paper" else ""
     return f"{row['recipe']} {bits}{protocol}".strip()

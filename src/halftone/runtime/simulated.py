@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from halftone.attention import QuantizedAttnProcessor
 from halftone.calls import CallContext
 from halftone.components import quiet
-from halftone.denoiser import START_KINDS, Site, SiteKind
+from halftone.denoiser import START_KINDS, Site, SiteKind, width_at
 from halftone.errors import UserError
 from halftone.layers import QuantizedLayer, WeightCodes, wrap
 from halftone.plan import Plan, SitePlan
@@ -56,7 +56,8 @@ def build(
     sites = [site_of(site, denoiser) for site in plan.sites]
     state = dict(floats)
     for module, weight in weights.items():
-        state[f"{module}.weight"] = dequantize(weight.codes, weight.params(bits.weight))
+        params = weight.params(width_at(module, SiteKind.WEIGHT, bits))
+        state[f"{module}.weight"] = dequantize(weight.codes, params)
     denoiser.load_state_dict(state, strict=True, assign=True)
     denoiser.requires_grad_(False).eval()
     if dtype != torch.float32:

@@ -69,7 +69,7 @@ def calibrate(
         legacy_slots(trajectory.timesteps)  # refused before anything is spent
     denoiser = denoiser_of(source.pipeline).to(device.best())
     apart = kept_apart(choice.axes, partial(tokenizers_of, source.pipeline))
-    found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, apart)
+    found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, apart, bits=choice.bits)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     per_call = choice.axes.time_axis is TimeAxis.PER_CALL
     slots = trajectory.n_calls if per_call else 1
@@ -79,10 +79,10 @@ def calibrate(
     within = relaxation if per_call else None
     with wrapped(denoiser, found, choice, context, slots, factors=factors, relaxation=within) as quantizers:
         if weights is None:
-            weights = quantize_weights(denoiser, found, choice.axes, choice.bits.weight)
+            weights = quantize_weights(denoiser, found, choice.axes, choice.bits)
         # both in memory only where the full-precision outputs are needed once more
         learned = choice.axes.step_size is StepSize.LEARNED
-        set_weights(denoiser, weights, choice.bits.weight, keep_full_precision=learned)
+        set_weights(denoiser, weights, choice.bits, keep_full_precision=learned)
         activations = reference.calibrate(
             denoiser,
             quantizers,
@@ -127,7 +127,7 @@ def calibrate(
                     activations,
                     choice.axes,
                     how or Reconstruction(),
-                    weight_bits=choice.bits.weight,
+                    bits=choice.bits,
                     seed=known.seed,
                     checkpoint=(work or Path(spare)) / "step_sizes",
                 )

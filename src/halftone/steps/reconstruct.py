@@ -76,7 +76,8 @@ class _Work:
         self.how, self.seed, self.checkpoint, self.shared = how, seed, checkpoint, shared
         self.denoiser = denoiser_of(source.pipeline).to(device.best())
         apart = kept_apart(choice.axes, partial(tokenizers_of, source.pipeline))
-        self.sites = sites(self.denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, apart)
+        place = self.denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, apart
+        self.sites = sites(*place, bits=choice.bits)
         weights = [site for site in self.sites if site.kind is SiteKind.WEIGHT and site.quantized]
         self.modules = [site.module for site in weights]
         self.splits = {site.module: site.split for site in weights if site.split is not None}
@@ -138,7 +139,7 @@ class _Work:
             factors=self.factors,
             relaxation=Relaxation(relaxed, axes.relaxed_bits) if relaxed else None,
         ) as quantizers:
-            set_weights(self.denoiser, done.found.weights, self.choice.bits.weight)
+            set_weights(self.denoiser, done.found.weights, self.choice.bits)
             place = self.denoiser, quantizers, context, data
             reference.calibrate(*place, axes, batch_size=batch_size, seed=self.known.seed)
             found = aligned_trajectory(self.source.pipeline, *place, runs)

@@ -34,7 +34,7 @@ def reparameterize(
     """
     check_same_model(source, known)
     denoiser = denoiser_of(source.pipeline).to(device.best())
-    found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut)
+    found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, bits=choice.bits)
     shared = reparameterized_layers(denoiser, found, choice.axes)
     if not shared:
         raise UserError(

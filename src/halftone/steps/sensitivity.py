@@ -90,13 +90,13 @@ def sensitivity(
     pipeline = source.pipeline.to(device.best())
     denoiser = denoiser_of(pipeline)
     apart = kept_apart(plain.axes, partial(tokenizers_of, source.pipeline))
-    found = sites(denoiser, plain.protocol, plain.recipe, plain.axes.shortcut, apart)
+    found = sites(denoiser, plain.protocol, plain.recipe, plain.axes.shortcut, apart, bits=plain.bits)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     slots = trajectory.n_calls if plain.axes.time_axis is TimeAxis.PER_CALL else 1
     runs = runs_of(pipeline, trajectory, known, batch_size, images=clip is not None)
     parts = windows(trajectory.n_calls, n_windows)
     with wrapped(denoiser, found, plain, context, slots, factors=factors) as quantizers:
-        set_weights(denoiser, state.weights, plain.bits.weight, keep_full_precision=True)
+        set_weights(denoiser, state.weights, plain.bits, keep_full_precision=True)
         set_parameters(quantizers, state.activations)
         layers = list(quantized_layers(denoiser).values())
 
