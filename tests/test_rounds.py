@@ -14,7 +14,6 @@ from halftone.artefact import verify
 from halftone.denoiser import denoiser_of, sites
 from halftone.passes import reconstruct as reconstruct_pass
 from halftone.passes.reconstruct import Round
-from halftone.passes.reconstruct import reconstruct as plain
 from halftone.passes.reconstructed import Reconstructed, load
 from halftone.passes.schedule import SCHEDULES, later
 from halftone.passes.weights import quantize_weights
@@ -30,6 +29,7 @@ from halftone.steps import reconstruct as step
 from halftone.steps.choice import Choice, choose
 from halftone.steps.record import record
 from halftone.trajectory import Trajectory
+from reconstruction import reconstruct as plain
 
 SMOKE = Reconstruction(budget=Budget.SMOKE, batch_size=2)
 Recorded = tuple[Source, Trajectory, Provenance]

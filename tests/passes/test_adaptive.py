@@ -24,8 +24,9 @@ from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.denoiser import Site, SiteKind
 from halftone.errors import UserError
-from halftone.passes.adaptive import Chooser, group_of
+from halftone.passes.adaptive import Chooser
 from halftone.passes.calibrate import calibrate
+from halftone.passes.call_groups import group_of
 from halftone.passes.state import CalibrationState
 from halftone.plan import describe
 from halftone.policies import Probabilities, Scope, TimeAxis

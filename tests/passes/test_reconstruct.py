@@ -18,7 +18,6 @@ from halftone.denoiser import CallContext, sites
 from halftone.errors import UserError
 from halftone.layers import wrap
 from halftone.passes import reconstruct as reconstruct_module
-from halftone.passes.reconstruct import reconstruct
 from halftone.passes.reconstructed import Reconstructed, load
 from halftone.passes.schedule import SCHEDULES
 from halftone.policies import Range, Rounding, UnitInput
@@ -26,6 +25,7 @@ from halftone.quantizers.affine import dequantize
 from halftone.quantizers.bits import Bits
 from halftone.settings import Budget, Reconstruction
 from halftone.trajectory import Trajectory
+from reconstruction import reconstruct
 
 AXES = Axes(weight_range=Range.MINMAX, rounding=Rounding.ADAROUND)
 BITS = Bits.parse("w4a8")

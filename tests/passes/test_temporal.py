@@ -12,13 +12,13 @@ from diffusers import DiTTransformer2DModel
 from halftone.axes import Axes
 from halftone.denoiser import SiteKind, sites
 from halftone.errors import UserError
-from halftone.passes.reconstruct import reconstruct
 from halftone.passes.temporal import NAME, TemporalBlock
 from halftone.policies import Rounding
 from halftone.policies import TemporalBlock as Choice
 from halftone.quantizers.bits import Bits
 from halftone.settings import Budget, Reconstruction
 from halftone.trajectory import Trajectory, denoiser_inputs
+from reconstruction import reconstruct
 
 SMOKE = Reconstruction(budget=Budget.SMOKE, batch_size=4)
 APART = Axes(rounding=Rounding.ADAROUND, temporal_block=Choice.APART)

@@ -25,11 +25,6 @@ MOST = 100_000
 """Values that laws are fitted to."""
 
 
-def group_of(call: int, n_calls: int, groups: int | None) -> int:
-    """The group of calls that shares a choice: `groups` of as equal length as can be, or every call."""
-    return call if groups is None else call * min(groups, n_calls) // n_calls
-
-
 class Chooser:
     """What has been seen of one layer's probabilities in the group at hand."""
 

@@ -20,7 +20,8 @@ from halftone.calls import CallContext
 from halftone.denoiser import SiteKind
 from halftone.errors import UserError
 from halftone.passes import checkpoint as checkpoints
-from halftone.passes.adaptive import Chooser, group_of
+from halftone.passes.adaptive import Chooser
+from halftone.passes.call_groups import group_of
 from halftone.passes.grouping import IndexExtremes, ends_of, estimator, fit_site, is_grouped, partition
 from halftone.passes.samples import calibration_prompts
 from halftone.passes.state import ActivationParameters, SiteParameters, set_parameters

@@ -50,35 +50,6 @@ _PARTS = 1000
 _AXES = {"weight_range", "rounding", "unit_input", "temporal_block", "calibration_calls", "shortcut"}
 
 
-def reconstruct(
-    denoiser: nn.Module,
-    trajectory: Trajectory,
-    axes: Axes,
-    bits: Bits,
-    settings: Reconstruction,
-    seed: int,
-    checkpoint: Path,
-    modules: Sequence[str],
-    splits: Mapping[str, int] | None = None,
-    shared: Path | None = None,
-) -> Reconstructed:
-    """Codes of the weights of `modules`, learned unit by unit on samples of `trajectory`.
-
-    `shared`: a folder in which finished units stay, for rows whose weights are learned alike (other
-    activation widths, other ranges); without it they lie in `checkpoint`. `splits`: where the input channels
-    of a module part into two halves with parameters of their own.
-
-    `denoiser` holds full-precision weights (wrapped or not; activation quantizers off) and is handed back
-    as it was. Every finished unit is kept in the folder `checkpoint`, so that the same call goes on where
-    an interrupted one stopped; it gives bit-identical results on the same machine, because each unit has
-    random numbers of its own. The caller removes the folder. Raises UserError where a value is not finite,
-    the denoiser cannot be taken apart, or the disk is full.
-    """
-    return learn_round(
-        denoiser, trajectory, axes, bits, settings, seed, checkpoint, modules, splits, shared
-    ).found
-
-
 @dataclasses.dataclass(frozen=True)
 class Round:
     """One round: what it found; the soft choices by module, for the next round to go on from; and the mark of
@@ -105,10 +76,19 @@ def learn_round(
     before: Round | None = None,
     keep_soft: bool = False,
 ) -> Round:
-    """`reconstruct`, as one of several rounds, each on a trajectory of its own (TCAQ-DM, PAR).
+    """Codes of the weights of `modules`, learned unit by unit on samples of `trajectory`: plain block
+    reconstruction, or one of several rounds, each on a trajectory of its own (TCAQ-DM, PAR).
 
-    before: the round before this one, whose soft choices are gone on from; None for the first, which is the
-    plain reconstruction. keep_soft: there is a round after this one.
+    `shared`: a folder in which finished units stay, for rows whose weights are learned alike (other
+    activation widths, other ranges); without it they lie in `checkpoint`. `splits`: where the input channels
+    of a module part into two halves with parameters of their own. `before`: the round before this one, whose
+    soft choices are gone on from. `keep_soft`: there is a round after this one.
+
+    `denoiser` holds full-precision weights (wrapped or not; activation quantizers off) and is handed back
+    as it was. Every finished unit is kept in the folder `checkpoint`, so that the same call goes on where
+    an interrupted one stopped; it gives bit-identical results on the same machine, because each unit has
+    random numbers of its own. The caller removes the folder. Raises UserError where a value is not finite,
+    the denoiser cannot be taken apart, or the disk is full.
     """
     work = _Work(
         denoiser,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from halftone.axes import Axes
 from halftone.errors import UserError
 from halftone.folding import Shared
+from halftone.passes.call_groups import group_of
 from halftone.policies import Reparameterization
 from halftone.progress import Progress
 from halftone.trajectory import Trajectory, denoiser_inputs
@@ -59,9 +60,8 @@ def smooth_factors(
 def grouped(maxima: Tensor, groups: int | None) -> Tensor:
     """(calls, channels) -> (groups, channels): uniform runs of calls, the largest of each; None: as it is."""
     calls = len(maxima)
-    count = calls if groups is None else min(groups, calls)
-    ends = [place * calls // count for place in range(count + 1)]
-    return torch.stack([maxima[first:last].amax(0) for first, last in itertools.pairwise(ends)])
+    runs = itertools.groupby(range(calls), key=lambda call: group_of(call, calls, groups))
+    return torch.stack([maxima[list(run)].amax(0) for _, run in runs])
 
 
 def factors_of(
