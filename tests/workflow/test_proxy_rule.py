@@ -9,7 +9,7 @@ import pytest
 from trees import copy_workflow, edit, halftone, snakemake, with_stub
 
 from halftone.settings import load
-from halftone.workflow import proxy
+from halftone.workflow import proxy, sources
 from halftone.workflow.paths import Rule
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,8 @@ def test_it_is_aside_of_the_pipeline() -> None:
 
 
 def test_the_code_behind_it_counts() -> None:
-    assert len(proxy.code_hash(ROOT)) == 16
+    verbs = proxy.NAME, proxy.OUTLIERS, "image_reward"
+    assert len({sources.verb_hash(ROOT, verb) for verb in verbs}) == len(verbs)
 
 
 def test_outliers_are_looked_for_on_request_and_then_shown(tmp_path: Path) -> None:
@@ -66,4 +67,3 @@ def test_outliers_are_looked_for_on_request_and_then_shown(tmp_path: Path) -> No
     assert "Nothing to be done" in again.stdout + again.stderr
     report = snakemake(tree, "--dry-run", "--printshellcmds")
     assert "results/outliers/scenes-t2i/outliers.json" in report.stdout + report.stderr, "the page shows it"
-    assert len({proxy.code_hash(ROOT), proxy.code_hash(ROOT, proxy.OUTLIERS)}) == 2

@@ -28,6 +28,7 @@ rule image_reward_row:
         images=lambda wildcards, input: each("--images", input.images),
         reference=lambda wildcards, input: each("--reference", input.reference),
         prompts=lambda wildcards, input: each("--prompts", input.prompts),
+        code=sources.verb_hash(ROOT, "image_reward"),
         how=f"--bootstrap {SETTINGS.metrics.bootstrap} --seed {SETTINGS.seed}",
     shell:
         "{HALFTONE} image-reward {params.images} {params.reference} {params.prompts} {params.python} {params.how}"

@@ -23,7 +23,7 @@ rule proxy_card:
         gpu=GPU,
     params:
         options=lambda wildcards: card.options(SETTINGS, wildcards.model),
-        code=card.code_hash(ROOT),
+        code=sources.verb_hash(ROOT, card.NAME),
         prompts=lambda wildcards, input: each("--prompts", input.prompts),
     shell:
         "{HALFTONE} proxy {params.options} --trajectory {input.data} {params.prompts}"
@@ -56,7 +56,7 @@ rule outlier_analysis:
         gpu=GPU,
     params:
         options=lambda wildcards: card.options(SETTINGS, wildcards.model),
-        code=card.code_hash(ROOT, card.OUTLIERS),
+        code=sources.verb_hash(ROOT, card.OUTLIERS),
         folder=lambda wildcards: card.OUTLIERS_FOLDER.format(model=wildcards.model),
     shell:
         "{HALFTONE} outliers {params.options} --data {input.data} -o {params.folder} &> {log}"

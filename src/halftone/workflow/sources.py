@@ -46,6 +46,15 @@ def code_hash(root: Path, rule: Rule) -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
+def verb_hash(root: Path, verb: str) -> str:
+    """The same of the files that a verb imports, for rules that DVC does not know."""
+    digest = hashlib.sha256()
+    for name in sorted(closure(root / SOURCE, f"{PACKAGE}/cli/{verb}.py")):
+        digest.update(f"{name}\0".encode() + (root / SOURCE / name).read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
 def needed(root: Path, rule: Rule) -> list[str]:
     """What the list should be: the files that the rule's verb imports, a folder where all of it is meant."""
     source = root / SOURCE
