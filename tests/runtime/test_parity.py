@@ -13,11 +13,14 @@ from halftone import artefact
 from halftone.artefact import certify
 from halftone.artefact.load import describe
 from halftone.errors import UserError
-from halftone.runtime.layers import IntegerLayer
+from halftone.plan import Execution
+from halftone.runtime.integer import execution_of
+from halftone.runtime.layers import CodedLayer, IntegerLayer
 from halftone.runtime.parity import FILE, CallParity, ModuleParity, Parity
+from halftone.runtime.rows import RowLayer
 from halftone.source import load_source
 from halftone.trajectory import Trajectory, record
-from quantized import GUIDANCE, PROMPTS, RESOLUTION, STEPS, Calibrated, shared_artefact
+from quantized import GUIDANCE, PROMPTS, RESOLUTION, STEPS, Calibrated, calibrated, shared_artefact
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,36 @@ def test_it_is_in_the_manifest_and_in_no_identity(certified: tuple[Calibrated, P
     assert artefact.info(plain)["parity"] == {}
     assert artefact.info(folder)["parity"]["far_codes"] == 0
     assert all(check.passed for check in artefact.verify(folder))
+
+
+@pytest.mark.parametrize("axes", [{"group_axis": "position"}, {"group_layout": "aligned"}])
+def test_groups_run_in_integers_and_agree(
+    axes: dict[str, str],
+    trajectory: Trajectory,
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Free groups of positions, and aligned ones of either axis, within the bounds of all modules."""
+    monkeypatch.setattr(certify, "measure", partial(certify.measure, calls=2, prompts=1))
+    groups = {"groups": 4, "relaxing": {"calls": [0]}, **axes}
+    found = calibrated(tiny_model_folder, tmp_path / "state.safetensors", **groups)
+    source = load_source(tiny_model_folder)
+    artefact.write(tmp_path / "made", found.state, found.plan, source, trajectory=trajectory)
+    parity = describe(tmp_path / "made").parity
+    assert parity is not None
+    modules = {site.module for site in found.plan.quantized}
+    assert {part.module for part in parity.modules} == modules
+    assert all(part.passed for part in parity.modules)
+    assert all(part.codes > 0 for part in parity.modules)
+    layers = [part for part in parity.modules if not part.module.endswith(("attn1", "attn2"))]
+    assert all(part.next_code == 0 for part in layers)
+    assert all(call.integer_to_simulated < 0.5 * call.simulated_to_full for call in parity.calls)
+    assert not artefact.info(tmp_path / "made")["integer"]["fallbacks"]
+    pipeline = artefact.load(tmp_path / "made", execution="integer")
+    assert execution_of(pipeline.unet) is Execution.INTEGER
+    kernels = {type(module) for module in pipeline.unet.modules() if isinstance(module, CodedLayer)}
+    assert "group_layout" in axes or kernels == {RowLayer, IntegerLayer}, "vectors have no positions"
 
 
 def test_a_wrong_kernel_is_caught(

@@ -8,6 +8,7 @@ kernel x kernel copies of a batch are never in memory together.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,10 @@ class Window:
         rows, columns = self.output_size(x.shape[-2] + 2 * self.padding[0], x.shape[-1] + 2 * self.padding[1])
         return rows * columns
 
+    def output_width(self, x: Tensor) -> int:
+        """Output positions in a row of pixels."""
+        return self.output_size(x.shape[-2] + 2 * self.padding[0], x.shape[-1] + 2 * self.padding[1])[1]
+
     def row_extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest and highest value of every row of x (batch, channels, height, width) unfolded, each
         (channels * taps,), without unfolding it."""
@@ -87,6 +92,25 @@ class Window:
         )
         return pooled.flatten()
 
+    def bands(self, x: Tensor) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+        """x (batch, channels, height, width) unfolded piece by piece: for each band of output positions which
+        these are, and (samples, channels * taps, positions) until the batch is through."""
+        padded = self.pad(x)
+        high, wide = self.output_size(*padded.shape[-2:])
+        line = x.shape[1] * self.taps * wide
+        lines = min(high, max(1, CHUNK // line))
+        samples = max(1, CHUNK // (line * high)) if lines == high else 1
+        for top in range(0, high, lines):
+            stop = min(top + lines, high)
+            # input rows that these output rows read
+            first = top * self.stride[0]
+            last = (stop - 1) * self.stride[0] + self.dilation[0] * (self.kernel[0] - 1) + 1
+            pieces = padded[:, :, first:last].split(samples)
+            yield (
+                slice(top * wide, stop * wide),
+                (functional.unfold(piece, self.kernel, self.dilation, 0, self.stride) for piece in pieces),
+            )
+
     def convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, params: AffineParams
     ) -> Tensor:
@@ -95,28 +119,25 @@ class Window:
 
         params: per row, (channels * taps, 1), or per column, (1, output positions).
         """
-        padded = self.pad(x)
-        (high, wide), batch, out = self.output_size(*padded.shape[-2:]), x.shape[0], weight.shape[0]
-        line = x.shape[1] * self.taps * wide
-        lines = min(high, max(1, CHUNK // line))
-        samples = max(1, CHUNK // (line * high)) if lines == high else 1
+        out = weight.shape[0]
         matrix = weight.reshape(groups, out // groups, -1).to(x.dtype)
         bands = []
-        for top in range(0, high, lines):
-            stop = min(top + lines, high)
-            # input rows that these output rows read
-            first = top * self.stride[0]
-            last = (stop - 1) * self.stride[0] + self.dilation[0] * (self.kernel[0] - 1) + 1
-            part = _columns_of(params, top * wide, stop * wide)
+        for columns, pieces in self.bands(x):
+            part = columns_of(params, columns)
             band = []
-            for start in range(0, batch, samples):
-                piece = padded[start : start + samples, :, first:last]
-                unfolded = functional.unfold(piece, self.kernel, self.dilation, 0, self.stride)
+            for unfolded in pieces:
                 whole = fake_quantize(unfolded, part).unflatten(1, (groups, -1))
                 band.append(torch.matmul(matrix, whole).flatten(1, 2))
-            bands.append(torch.cat(band).unflatten(2, (stop - top, wide)))
+            bands.append(torch.cat(band).unflatten(2, (-1, self.output_width(x))))
         result = torch.cat(bands, dim=2)
         return result if bias is None else result + bias.to(x.dtype).reshape(-1, 1, 1)
+
+
+def columns_of(params: AffineParams, columns: slice) -> AffineParams:
+    """Of some output positions; parameters of rows, (..., 1), are those of all."""
+    if params.scale.shape[-1] == 1:
+        return params
+    return AffineParams(params.scale[..., columns], params.zero_point[..., columns], params.bits)
 
 
 def window_of(layer: nn.Conv2d) -> Window | None:
@@ -125,10 +146,3 @@ def window_of(layer: nn.Conv2d) -> Window | None:
         return None
     kernel: tuple[int, int] = (layer.kernel_size[0], layer.kernel_size[1])
     return Window(kernel, layer.stride, layer.padding, layer.dilation)
-
-
-def _columns_of(params: AffineParams, start: int, stop: int) -> AffineParams:
-    if params.scale.shape[-1] == 1:
-        return params
-    scale, zero_point = params.scale[..., start:stop], params.zero_point[..., start:stop]
-    return AffineParams(scale, zero_point, params.bits)

@@ -11,8 +11,10 @@ from enum import StrEnum
 
 from torch import nn
 
+from halftone.axes import Axes
 from halftone.plan import Execution, Granularity, Plan, Quantizer, SitePlan, describe
-from halftone.policies import GroupLayout, TimeAxis
+from halftone.policies import GroupAxis, GroupLayout, TimeAxis
+from halftone.runtime.grouped_attention import WIDEST_HEAD
 from halftone.runtime.int8 import MOST_TERMS, ability
 from halftone.runtime.operands import geometry_of
 
@@ -52,8 +54,7 @@ def choose(plan: Plan, denoiser: nn.Module) -> dict[str, Decision]:
     modules: dict[str, list[SitePlan]] = {}
     for site in plan.quantized:
         modules.setdefault(site.module, []).append(site)
-    aligned = plan.axes.group_layout is GroupLayout.ALIGNED
-    return {name: _decide(denoiser.get_submodule(name), sites, aligned) for name, sites in modules.items()}
+    return {name: _decide(denoiser.get_submodule(name), sites, plan.axes) for name, sites in modules.items()}
 
 
 def executed(plan: Plan, decisions: Mapping[str, Decision]) -> Plan:
@@ -85,13 +86,16 @@ def fallbacks(decisions: Mapping[str, Decision]) -> dict[str, list[str]]:
     return found
 
 
-def _decide(module: nn.Module, sites: Iterable[SitePlan], aligned: bool) -> Decision:
+def _decide(module: nn.Module, sites: Iterable[SitePlan], axes: Axes) -> Decision:
     by_kind = {site.kind: site for site in sites}
     for site in by_kind.values():
         grouped = site.granularity is Granularity.GROUP
-        if (reason := _ungroupable(site, aligned) if grouped else _unknown(site)) is not None:
+        if (reason := _ungroupable(site, axes) if grouped else _unknown(site)) is not None:
             return Decision(Kernel.SIMULATED, reason)
     if by_kind.keys() == _ATTENTION:
+        grouped = by_kind["query"].granularity is Granularity.GROUP
+        if grouped and module.to_q.out_features // module.heads > WIDEST_HEAD:
+            return Decision(Kernel.SIMULATED, f"groups in heads of more than {WIDEST_HEAD} channels")
         return Decision(Kernel.WHOLE)
     if by_kind.keys() != _LAYER or not isinstance(module, nn.Linear | nn.Conv2d):
         alone = " and ".join(by_kind)
@@ -103,8 +107,8 @@ def _decide(module: nn.Module, sites: Iterable[SitePlan], aligned: bool) -> Deci
         return Decision(Kernel.SIMULATED, f"no integer kernel for {fault}")
     if weight.split != input.split or (weight.split and geometry is not None and geometry.groups != 1):
         return Decision(Kernel.SIMULATED, "its input and its weight are not split alike")
-    if input.groups is not None and geometry is not None and geometry.groups != 1:
-        return Decision(Kernel.SIMULATED, "groups of channels of a convolution that has groups itself")
+    if input.granularity is Granularity.GROUP and geometry is not None and geometry.groups != 1:
+        return Decision(Kernel.SIMULATED, "a grouped input of a convolution that has groups itself")
     if (weight.bits or 0) > _WIDEST_INT8:
         return Decision(Kernel.REFERENCE, f"weights of {weight.bits} bits")
     if module.weight[0].numel() > MOST_TERMS:
@@ -114,16 +118,21 @@ def _decide(module: nn.Module, sites: Iterable[SitePlan], aligned: bool) -> Deci
     return Decision(Kernel.INT8)
 
 
-def _ungroupable(site: SitePlan, aligned: bool) -> str | None:
-    """Why no integer kernel takes a grouped site; None if one does: channels of a layer's input are cut into
-    one product a group where all calls share the partition and every range holds zero."""
-    if not aligned:
-        return "no integer kernel for free groups"
-    if site.kind != "input":
-        return f"no integer kernel for groups of {site.kind}"
-    if site.groups is None:
+def _ungroupable(site: SitePlan, axes: Axes) -> str | None:
+    """Why no integer kernel takes a grouped site; None if one does: q, k and v; a layer's input whose
+    positions are grouped, or its channels where all calls share the partition and every range holds zero."""
+    if site.kind != "input" or axes.group_layout is GroupLayout.ALIGNED:
+        return None
+    if site.groups is None and axes.group_axis is GroupAxis.AUTO:
         return "groups that only calibration can tell"
-    return "no integer kernel for groups of positions" if site.groups.position_calls else None
+    if site.groups is None:
+        return (
+            None if axes.group_axis is GroupAxis.POSITION else "no integer kernel for free groups of channels"
+        )
+    if site.groups.channels is None:
+        return None
+    when = " at some calls" if site.groups.position_calls else ""
+    return f"no integer kernel for free groups of channels{when}"
 
 
 def _unknown(site: SitePlan) -> str | None:

@@ -20,6 +20,7 @@ from halftone.runtime.choose import Decision, Kernel, choose
 from halftone.runtime.int8 import Int8Product
 from halftone.runtime.layers import IntegerAttnProcessor, IntegerLayer, MakeProduct
 from halftone.runtime.reference import ReferenceProduct
+from halftone.runtime.rows import RowLayer, takes_rows
 from halftone.site_quantizer import Parameters, SiteQuantizer
 
 _PRODUCTS: dict[Kernel, MakeProduct] = {Kernel.INT8: Int8Product, Kernel.REFERENCE: ReferenceProduct}
@@ -62,7 +63,7 @@ def build(
     )
     for name, quantizer in quantizers.items():
         module = name.removesuffix(f".{quantizer.site.kind}")
-        if module in layers and not _zero_points_are_codes(quantizer):
+        if module in layers and not takes_rows(quantizer) and not _zero_points_are_codes(quantizer):
             chosen[module] = Decision(Kernel.REFERENCE, "a zero point lies outside the codes")
     for name, decision in chosen.items():
         if decision.integer:
@@ -102,7 +103,9 @@ def _replace(denoiser: nn.Module, name: str, weights: Mapping[str, WeightCodes],
     module = denoiser.get_submodule(name)
     if isinstance(module, QuantizedLayer):
         assert module.input is not None
-        made = IntegerLayer(module.layer, module.input, weights[name], _PRODUCTS[decision.kernel])
+        made = (RowLayer if takes_rows(module.input) else IntegerLayer)(
+            module.layer, module.input, weights[name], _PRODUCTS[decision.kernel]
+        )
         denoiser.set_submodule(name, made.eval())
         return
     before = module.processor

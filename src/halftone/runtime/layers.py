@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
+from halftone.runtime.grouped_attention import grouped_operand
 from halftone.runtime.operands import Affine, Geometry, Product, Weight, check_nan, encode, geometry_of, wide
-from halftone.runtime.parts import parts_of
+from halftone.runtime.parts import Parts, parts_of
 from halftone.runtime.reference import batched
 from halftone.runtime.whole import Affines, keep_float32
 from halftone.runtime.whole_attention import BAND, EXACT_FLOAT32, Operand, WholeAttnProcessor, by_bands
 from halftone.site_quantizer import SiteQuantizer
 
 _EXACT_BFLOAT16 = 2**8  # a float32 product may round its operands to this, where PyTorch is told to
-_KEPT = ("weight_scale",)  # float32, whatever the model is cast to
+_KEPT = ("weight_scale", "weight_zero_point")  # float32, whatever the model is cast to
 
 MakeProduct = Callable[[Weight, Geometry | None], Product]
 
 
-class IntegerLayer(nn.Module):
-    """A Linear or Conv2d over codes: its input is encoded, its weight is codes, its sums are integers.
+class CodedLayer(nn.Module):
+    """A Linear or Conv2d whose weight is codes, and whose input becomes codes.
 
-    The contracted axis may fall into parts with parameters of their own: one product each, added as floats.
     Buffers: codes as stored, (out, in, ...); weight_scale float32 and weight_zero_point, (parts, out).
-    Raises UserError on another device than a CPU, and for inputs that hold NaN.
     """
 
     codes: Tensor
@@ -35,28 +34,67 @@ class IntegerLayer(nn.Module):
     weight_zero_point: Tensor
 
     def __init__(
-        self, layer: nn.Linear | nn.Conv2d, input: SiteQuantizer, weight: WeightCodes, make: MakeProduct
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        input: SiteQuantizer,
+        weight: WeightCodes,
+        make: MakeProduct,
+        parts: Parts,
     ) -> None:
         super().__init__()
-        self.input, self.make, self.bias = input, make, layer.bias
-        self.geometry, self.affines = geometry_of(layer), Affines(input)
-        parts = parts_of(input)
-        assert parts is not None
-        self.parts, weights = parts, parts.of_weight(weight)
+        self.input, self.make, self.bias, self.parts = input, make, layer.bias, parts
+        weights = parts.of_weight(weight)
         self.register_buffer("codes", weight.codes)
         self.register_buffer("weight_scale", torch.stack([part.scale for part in weights]))
         self.register_buffer("weight_zero_point", torch.stack([part.zero_point for part in weights]))
         self._products: list[Product] = []
 
     def products(self) -> list[Product]:
-        """Ready for their kernel, one for each part; made at the first call."""
+        """Ready for their kernel, one for each part; made at the first call. Raises UserError elsewhere than
+        on a CPU."""
         if not self._products:
             if self.codes.device.type != "cpu":
                 raise UserError("integer execution runs on the CPU; leave the pipeline there")
-            for k, codes in enumerate(self.parts.cut(self.parts.ordered(self.codes, 1), 1)):
-                weight = Weight(codes, self.weight_scale[k], self.weight_zero_point[k])
-                self._products.append(self.make(weight, self.geometry))
+            self._products = self.prepared()
         return self._products
+
+    def prepared(self) -> list[Product]:
+        """The products, made anew."""
+        raise NotImplementedError
+
+    def beside(self, x: Tensor, simulated: SiteQuantizer) -> Iterator[tuple[Tensor, Tensor]]:
+        """Codes of an input, and those of what a simulated quantizer makes of it, piece by piece."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedLayer:
+        keep_float32(self, _KEPT, lambda: super(CodedLayer, self)._apply(fn, recurse))
+        self._products = []
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        # prepared weights cannot be copied, and are made again
+        return {**super().__getstate__(), "_products": []}
+
+
+class IntegerLayer(CodedLayer):
+    """A layer over codes: its input is encoded, its weight is codes, its sums are integers.
+
+    The contracted axis may fall into parts with parameters of their own: one product each, added as floats.
+    Raises UserError for inputs that hold NaN.
+    """
+
+    def __init__(
+        self, layer: nn.Linear | nn.Conv2d, input: SiteQuantizer, weight: WeightCodes, make: MakeProduct
+    ) -> None:
+        parts = parts_of(input)
+        assert parts is not None
+        super().__init__(layer, input, weight, make, parts)
+        self.geometry, self.affines = geometry_of(layer), Affines(input)
+
+    def prepared(self) -> list[Product]:
+        parts = enumerate(self.parts.cut(self.parts.ordered(self.codes, 1), 1))
+        weights = (Weight(codes, self.weight_scale[k], self.weight_zero_point[k]) for k, codes in parts)
+        return [self.make(weight, self.geometry) for weight in weights]
 
     def encoded(self, x: Tensor) -> list[tuple[Tensor, Affine]]:
         """Codes of the input, and what they stand for, for each part."""
@@ -77,14 +115,10 @@ class IntegerLayer(nn.Module):
         axis = -1 if self.geometry is None else 1
         return self.parts.cut(self.parts.ordered(x, axis), axis)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:
-        keep_float32(self, _KEPT, lambda: super(IntegerLayer, self)._apply(fn, recurse))
-        self._products = []
-        return self
-
-    def __getstate__(self) -> dict[str, object]:
-        # prepared weights cannot be copied, and are made again
-        return {**super().__getstate__(), "_products": []}
+    def beside(self, x: Tensor, simulated: SiteQuantizer) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = self.in_parts(simulated(x))
+        for (codes, affine), values in zip(self.encoded(x), parts, strict=True):
+            yield codes, values.float().div(affine.scale).round_().add_(affine.zero_point).int()
 
 
 class IntegerAttnProcessor(WholeAttnProcessor):
@@ -95,7 +129,8 @@ class IntegerAttnProcessor(WholeAttnProcessor):
     """
 
     def operand(self, x: Tensor, quantizer: SiteQuantizer) -> Operand:
-        found = super().operand(x, quantizer)
+        grouped = quantizer.groups is not None
+        found = grouped_operand(x, quantizer) if grouped else super().operand(x, quantizer)
         check_nan(found.steps, quantizer.site.name)
         return found
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from halftone.errors import UserError
+from halftone.quantizers.affine import AffineParams
 
 _BYTE_SHIFT = 128  # a cast to int8 is several times faster than one to uint8
 
@@ -118,8 +119,25 @@ def encode(x: Tensor, affine: Affine, site: str = "tensor") -> Tensor:
     """Codes of `x`: uint8 up to 8 bits, int32 above. Raises UserError for NaN."""
     steps = whole(x, affine)
     check_nan(steps, site)
-    if affine.bits > 8:
-        return steps.add_(affine.zero_point).to(torch.int32)
-    return (
-        steps.add_(affine.zero_point - _BYTE_SHIFT).to(torch.int8).view(torch.uint8).bitwise_xor_(_BYTE_SHIFT)
-    )
+    return _stored(steps, affine.zero_point, affine.bits)
+
+
+def encode_each(x: Tensor, params: AffineParams, site: str) -> Tensor:
+    """The same with parameters that broadcast against `x`, of any whole zero points."""
+    codes = codes_each(x, params)
+    check_nan(codes, site)
+    return _stored(codes, 0, params.bits)
+
+
+def codes_each(x: Tensor, params: AffineParams) -> Tensor:
+    """Codes as whole numbers in the type that `x` is computed in. NaN stays NaN."""
+    values = x.detach().to(wide(x.dtype))
+    steps = values.div(params.scale.to(values.dtype)).round_()
+    return steps.add_(params.zero_point.to(values.dtype)).clamp_(params.low, params.high)
+
+
+def _stored(steps: Tensor, zero_point: int, bits: int) -> Tensor:
+    """Steps, which are lost, + zero point as integers."""
+    if bits > 8:
+        return steps.add_(zero_point).to(torch.int32)
+    return steps.add_(zero_point - _BYTE_SHIFT).to(torch.int8).view(torch.uint8).bitwise_xor_(_BYTE_SHIFT)

@@ -26,8 +26,8 @@ from halftone.errors import UserError
 from halftone.files import read_json, write_json
 from halftone.layers import QuantizedLayer
 from halftone.progress import track
-from halftone.runtime.layers import IntegerAttnProcessor, IntegerLayer
-from halftone.runtime.operands import Affine
+from halftone.runtime.layers import CodedLayer, IntegerAttnProcessor
+from halftone.site_quantizer import SiteQuantizer
 from halftone.trajectory import Trajectory, denoiser_inputs
 
 FILE = "parity.json"
@@ -188,13 +188,13 @@ class _Comparison:
         self.pairs = [
             (name, module, simulated.get_submodule(name))
             for name, module in integer.named_modules()
-            if isinstance(module, IntegerLayer | IntegerAttnProcessor)
+            if isinstance(module, CodedLayer | IntegerAttnProcessor)
         ]
 
     def __enter__(self) -> _Comparison:
         for name, fast, slow in self.pairs:
             self.counts[name], self.extremes[name] = [0, 0, 0], [0.0, 0.0]
-            if isinstance(fast, IntegerLayer):
+            if isinstance(fast, CodedLayer):
                 assert isinstance(slow, QuantizedLayer)
                 self.kernels[name] = type(fast.products()[0]).__name__
                 hook = fast.register_forward_hook(self._layer(name, slow))
@@ -228,12 +228,10 @@ class _Comparison:
         def compare(fast: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             if not self.on:
                 return
-            assert isinstance(fast, IntegerLayer)
-            assert slow.input is not None
-            encoded = fast.encoded(args[0])
-            parts = fast.in_parts(slow.input(args[0]))
-            for (codes, affine), values in zip(encoded, parts, strict=True):
-                self._count(name, codes, _codes_of(values, affine))
+            assert isinstance(fast, CodedLayer)
+            assert isinstance(slow.input, SiteQuantizer)
+            for codes, wanted in fast.beside(args[0], slow.input):
+                self._count(name, codes, wanted)
             self._difference(name, output, slow(args[0]))
 
         return compare
@@ -262,11 +260,6 @@ class _Comparison:
         extremes = self.extremes[name]
         extremes[0] = max(extremes[0], float((found - wanted).abs().max()))
         extremes[1] = max(extremes[1], float(wanted.abs().max()))
-
-
-def _codes_of(values: Tensor, affine: Affine) -> Tensor:
-    """Codes that simulated values stand for."""
-    return values.float().div(affine.scale).round_().add_(affine.zero_point).int()
 
 
 def _rms(difference: Tensor) -> float:

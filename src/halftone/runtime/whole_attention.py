@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,10 @@ BAND = 24
 class Operand(NamedTuple):
     """Whole numbers of a batched product, and what they stand for: values are scale x steps.
 
-    scale: float32, () or (rows, 1, 1). reach: largest magnitude of a step. most: bound of the sum of a row's.
-    octaves: how many, of steps that are powers of two; 0 of others. In every `BAND` of them steps are whole
-    multiples of the smallest.
+    scale: float32, () or (rows, 1, 1); of an axis that the product keeps, (n, 1) or (1, n). reach: largest
+    magnitude of a step. most: bound of the sum of a row's. octaves: how many, of steps that are powers of
+    two; 0 of others. In every `BAND` of them steps are whole multiples of the smallest. inner: further
+    factors, of the axis that the product sums over, (k,).
     """
 
     steps: Tensor
@@ -35,6 +37,12 @@ class Operand(NamedTuple):
     reach: int
     most: float
     octaves: int = 0
+    inner: Tensor | None = None
+
+    def turned(self) -> Operand:
+        """The two last axes exchanged."""
+        scale = self.scale if self.scale.ndim == 0 else self.scale.transpose(-2, -1)
+        return self._replace(steps=self.steps.transpose(1, 2), scale=scale)
 
 
 class WholeAttnProcessor(QuantizedAttnProcessor):
@@ -65,11 +73,13 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
             return super().weights(attn, query, key, mask)
         first, rest = self._start(key, 1)
         left, right = self.operand(query, self.query), self.operand(rest, self.key)
-        sums = self.product(left, right._replace(steps=right.steps.transpose(1, 2)))
+        right = right.turned()
+        sums = self.sums(left, right)
         of_query, dtype = left.scale.to(left.steps.dtype), sums.dtype
         scores = sums.mul_(of_query * right.scale.to(dtype) * attn.scale)
         if first is not None:
-            own = (left.steps * first.to(dtype)).sum(-1, keepdim=True).mul_(of_query * attn.scale)
+            steps = left.steps if left.inner is None else left.steps * left.inner.to(dtype)
+            own = (steps * first.to(dtype)).sum(-1, keepdim=True).mul_(of_query * attn.scale)
             scores = torch.cat([own, scores], dim=-1)
         if mask is not None:
             scores = scores + mask
@@ -81,10 +91,12 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
         first, rest = self._start(probabilities, 2)
         left, right = self.operand(rest, self.probabilities), self.operand(value, self.value)
         of_first, of_rest = self._start(right.steps, 1)
-        sums = self.product(left, right._replace(steps=of_rest))
+        inner = right.inner if first is None or right.inner is None else right.inner[1:]
+        sums = self.sums(left, right._replace(steps=of_rest, inner=inner))
         of_value = right.scale.to(sums.dtype)
         found = sums.mul_(left.scale.to(sums.dtype) * of_value)
         if first is not None and of_first is not None:
+            of_value = of_value if right.inner is None else of_value * right.inner[0].to(sums.dtype)
             found.add_(first.to(sums.dtype) * (of_first * of_value))
         return found.to(value.dtype)
 
@@ -105,6 +117,11 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
             most = min(most, _sum_of_codes(affine.scale, x.shape[-1]))
         return Operand(whole(x, affine), affine.scale, affine.reach, most)
 
+    def sums(self, left: Operand, right: Operand) -> Tensor:
+        """Batched product, with inner factors."""
+        plain = left.inner is None and right.inner is None
+        return self.product(left, right) if plain else by_factor(left, right, self.product)
+
     def product(self, left: Operand, right: Operand) -> Tensor:
         """Batched product of whole numbers, in their type; of octaves, whose sums soon pass what float32
         holds, by way of float64 on a CPU."""
@@ -122,17 +139,41 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
         return first, rest
 
 
-def by_bands(left: Operand, right: Operand) -> Tensor:
-    """Product with octaves: exact for every band of them, the bands added in float64."""
+def by_factor(left: Operand, right: Operand, product: Callable[[Operand, Operand], Tensor]) -> Tensor:
+    """Product cut into parts wherever the inner factors of both operands stay the same: their whole numbers
+    are multiplied, scaled by the factor of the part and added as floats."""
+    inner = right.inner if left.inner is None else left.inner
+    assert inner is not None
+    if left.inner is not None and right.inner is not None:
+        inner = inner * right.inner
     total: Tensor | None = None
-    for band in range(-(-left.octaves // BAND)):
-        unit = 2.0 ** (-BAND * band)  # the smallest step of the band
+    for factor in inner.unique():
+        inside = (inner == factor).nonzero().flatten()
+        parts = left.steps.index_select(2, inside), right.steps.index_select(1, inside)
+        out = product(left._replace(steps=parts[0]), right._replace(steps=parts[1]))
+        out = out.mul_(factor.to(out.dtype))
+        total = out if total is None else total.add_(out)
+    assert total is not None
+    return total
+
+
+def by_bands(left: Operand, right: Operand) -> Tensor:
+    """Product with octaves: exact for every band of them, the bands added in float64.
+
+    Steps beyond 16 bits on the right, of ranges far from zero, take narrower bands.
+    """
+    banded = left.octaves > BAND
+    width = BAND - max(0, (right.reach - 1).bit_length() - 16)
+    most = left.most * 2.0 ** (width - BAND if banded else 0) * right.reach
+    total: Tensor | None = None
+    for band in range(-(-left.octaves // width) if banded else 1):
+        unit = 2.0 ** (BAND - width * (band + 1)) if banded else 1.0  # the smallest step of the band
         steps = left.steps
-        if left.octaves > BAND:
-            steps = torch.where((steps >= unit) & (steps < unit * 2.0**BAND), steps, 0.0).div_(unit)
+        if banded:
+            steps = torch.where((steps >= unit) & (steps < unit * 2.0**width), steps, 0.0).div_(unit)
             if band and not bool(steps.any()):
                 continue
-        sums = batched(steps, right.steps, left.most * right.reach).mul_(unit)
+        sums = batched(steps, right.steps, most).mul_(unit)
         total = sums if total is None else total.add_(sums)
     assert total is not None
     return total.to(left.steps.dtype)
