@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from halftone.quantizers.affine import AffineParams, fake_quantize
 
-CHUNK = 2**22
-"""Unfolded values made at a time, unless one row of output pixels has more."""
+CHUNK = 2**19
+"""Unfolded values made at a time, unless one row of output pixels has more: as a processor's cache holds."""
 
 
 @dataclass(frozen=True)
