@@ -148,6 +148,7 @@ def test_the_verbs_make_the_artefact_that_quantize_makes(
     assert main(["reparameterize", str(model), *row, "--batch-size", "2", "-o", str(tmp_path / "r")]) == 0
     smoke = ["--budget", "smoke", "--factors", factors]
     assert main(["reconstruct", str(model), *row, *smoke, "--batch-size", "32", "-o", weights]) == 0
+    assert "times lower than rounded to nearest" in capsys.readouterr().out
     with_weights = ["--factors", factors, "--weights", weights]
     assert main(["calibrate", str(model), *row, *with_weights, "--batch-size", "2", "-o", state]) == 0
     assert main(["analyze", state, "-o", str(tmp_path / "analysis")]) == 0

@@ -85,6 +85,12 @@ def verb(
     found.save(output, chosen.to_metadata())
     shutil.rmtree(work, ignore_errors=True)
     rounds = [[unit for unit in found.units if unit.round == k + 1] for k in range(resolved.rounds)]
+    if rounds[0]:
+        undecided = statistics.mean(unit.polarisation for unit in rounds[0])
+        print(
+            f"{len(rounds[0])} units: errors {_ratio(rounds[0]):.3g} times lower than rounded to nearest, "
+            f"{min(unit.ratio for unit in rounds[0]):.3g} at worst; {undecided:.2g} from 0 or 1 at hardening"
+        )
     for k, units in enumerate(rounds[1:], 2):
         print(f"round {k}: errors of the units {_ratio(units):.3g} times lower than with the codes before")
     if found.denoiser_calls:
