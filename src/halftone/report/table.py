@@ -139,7 +139,6 @@ def table(rows: Sequence[Row], verdicts: Mapping[str, Verdict]) -> Table:
     heads = [Head("row")]
     for figure in figures:
         heads.append(Head(figure.label, f"{better[figure.name]} is better" if better[figure.name] else ""))
-    heads.append(Head("verdict"))
     reference = next((row for row in rows if row["recipe"] == FULL_PRECISION), None)
     written = []
     for row in rows:
