@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from halftone import device
 from halftone.calls import CallContext, legacy_slots
-from halftone.denoiser import denoiser_of, sites
+from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.layers import WeightCodes, quantized_layers, set_weights
 from halftone.passes import calibrate as reference
@@ -27,9 +26,8 @@ from halftone.provenance import Provenance
 from halftone.relaxing import Interval, Relaxation, relaxed_calls
 from halftone.settings import Reconstruction
 from halftone.source import Source
-from halftone.start_token import kept_apart, tokenizers_of
 from halftone.steps.choice import Choice, check_same_model
-from halftone.steps.wrapped import wrapped
+from halftone.steps.wrapped import sites_of, wrapped
 from halftone.trajectory import Trajectory
 
 
@@ -68,8 +66,7 @@ def calibrate(
     if choice.axes.legacy_lookup:
         legacy_slots(trajectory.timesteps)  # refused before anything is spent
     denoiser = denoiser_of(source.pipeline).to(device.best())
-    apart = kept_apart(choice.axes, partial(tokenizers_of, source.pipeline))
-    found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, apart, bits=choice.bits)
+    found = sites_of(source.pipeline, choice)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     per_call = choice.axes.time_axis is TimeAxis.PER_CALL
     slots = trajectory.n_calls if per_call else 1

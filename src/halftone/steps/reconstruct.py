@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from halftone import device
 from halftone.calls import CallContext
-from halftone.denoiser import SiteKind, denoiser_of, sites
+from halftone.denoiser import SiteKind, denoiser_of
 from halftone.layers import set_weights
 from halftone.passes import calibrate as reference
 from halftone.passes import checkpoint as checkpoints
@@ -28,9 +27,8 @@ from halftone.provenance import Provenance
 from halftone.relaxing import Relaxation, relaxed_calls
 from halftone.settings import Reconstruction
 from halftone.source import Source
-from halftone.start_token import kept_apart, tokenizers_of
 from halftone.steps.choice import Choice, check_same_model
-from halftone.steps.wrapped import wrapped
+from halftone.steps.wrapped import sites_of, wrapped
 from halftone.trajectory import Trajectory
 
 
@@ -75,9 +73,7 @@ class _Work:
         self.source, self.known, self.choice, self.factors = source, known, choice, factors
         self.how, self.seed, self.checkpoint, self.shared = how, seed, checkpoint, shared
         self.denoiser = denoiser_of(source.pipeline).to(device.best())
-        apart = kept_apart(choice.axes, partial(tokenizers_of, source.pipeline))
-        place = self.denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, apart
-        self.sites = sites(*place, bits=choice.bits)
+        self.sites = sites_of(source.pipeline, choice)
         weights = [site for site in self.sites if site.kind is SiteKind.WEIGHT and site.quantized]
         self.modules = [site.module for site in weights]
         self.splits = {site.module: site.split for site in weights if site.split is not None}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from halftone import device
 from halftone.calls import CallContext
-from halftone.denoiser import denoiser_of, sites
+from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.layers import WeightCodes, quantized_layers, set_weights
 from halftone.passes.checkpoint import seed_of
@@ -35,10 +34,9 @@ from halftone.sensitivity import CLEAR, Measured, Sensitivity, Window, capacity,
 from halftone.settings import Reconstruction
 from halftone.site_quantizer import Mode, set_mode
 from halftone.source import Source
-from halftone.start_token import kept_apart, tokenizers_of
 from halftone.steps.calibrate import calibrate
 from halftone.steps.choice import Choice
-from halftone.steps.wrapped import wrapped
+from halftone.steps.wrapped import sites_of, wrapped
 from halftone.trajectory import Trajectory
 
 _DIGITS = 6
@@ -89,8 +87,7 @@ def sensitivity(
     )
     pipeline = source.pipeline.to(device.best())
     denoiser = denoiser_of(pipeline)
-    apart = kept_apart(plain.axes, partial(tokenizers_of, source.pipeline))
-    found = sites(denoiser, plain.protocol, plain.recipe, plain.axes.shortcut, apart, bits=plain.bits)
+    found = sites_of(pipeline, plain)
     context = CallContext(trajectory.timesteps, trajectory.noise_levels)
     slots = trajectory.n_calls if plain.axes.time_axis is TimeAxis.PER_CALL else 1
     runs = runs_of(pipeline, trajectory, known, batch_size, images=clip is not None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from halftone.calls import CallContext
-from halftone.denoiser import Site, is_layer
+from halftone.denoiser import Site, denoiser_of, is_layer, sites
 from halftone.errors import UserError
 from halftone.folding import divisors, reparameterized, reparameterized_layers
 from halftone.layers import wrap
@@ -17,13 +19,21 @@ from halftone.policies import TimeAxis
 from halftone.probability_quantizer import Form
 from halftone.relaxing import Relaxation
 from halftone.site_quantizer import SiteQuantizer, set_divisors
+from halftone.start_token import kept_apart, tokenizers_of
 from halftone.steps.choice import Choice
+
+
+def sites_of(pipeline: Any, choice: Choice) -> list[Site]:
+    """Sites of a pipeline's denoiser that a choice is about, also those that stay in float."""
+    axes, apart = choice.axes, kept_apart(choice.axes, partial(tokenizers_of, pipeline))
+    found = denoiser_of(pipeline), choice.protocol, choice.recipe, axes.shortcut, apart
+    return sites(*found, bits=choice.bits)
 
 
 @contextlib.contextmanager
 def wrapped(
     denoiser: nn.Module,
-    sites: Sequence[Site],
+    found: Sequence[Site],
     choice: Choice,
     context: CallContext,
     slots: int,
@@ -38,7 +48,7 @@ def wrapped(
     for factors of other layers than the recipe's.
     """
     factors = factors or {}
-    shared = reparameterized_layers(denoiser, sites, choice.axes)
+    shared = reparameterized_layers(denoiser, found, choice.axes)
     if {name for one in shared for name in one.layers} != set(factors):
         raise UserError(
             f"recipe {choice.recipe}: the factors are not those of the layers that it reparameterizes; "
@@ -47,7 +57,7 @@ def wrapped(
     dynamic = choice.axes.time_axis is TimeAxis.DYNAMIC
     with reparameterized(denoiser, shared, factors), restored(denoiser):
         form = Form.of(choice.axes)
-        quantizers = wrap(denoiser, sites, choice.bits, slots, context, dynamic, relaxation, form)
+        quantizers = wrap(denoiser, found, choice.bits, slots, context, dynamic, relaxation, form)
         set_divisors(quantizers, divisors(shared, factors))
         yield quantizers
 

@@ -8,6 +8,7 @@ behind.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -40,18 +41,20 @@ def files(root: Path, rule: Rule) -> list[Path]:
 
 def code_hash(root: Path, rule: Rule) -> str:
     """Changes exactly when DVC would see a changed source file."""
-    digest = hashlib.sha256()
-    for file in files(root, rule):
-        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    return _hash(root, files(root, rule))
 
 
 @cache
 def verb_hash(root: Path, verb: str) -> str:
     """The same of the files that a verb imports, for rules that DVC does not know."""
+    imported = sorted(closure(root / SOURCE, f"{PACKAGE}/cli/{verb}.py"))
+    return _hash(root, [root / SOURCE / name for name in imported])
+
+
+def _hash(root: Path, sources: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(closure(root / SOURCE, f"{PACKAGE}/cli/{verb}.py")):
-        digest.update(f"{name}\0".encode() + (root / SOURCE / name).read_bytes() + b"\0")
+    for file in sources:
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
