@@ -27,7 +27,8 @@ from halftone.quantizers.bits import Bits
 from halftone.recipes import resolve
 from halftone.runtime.integer import simulated_modules
 from halftone.runtime.layers import IntegerAttnProcessor
-from halftone.runtime.whole_attention import BAND, Operand, WholeAttnProcessor, _probabilities, by_bands
+from halftone.runtime.operands import BAND, Operand
+from halftone.runtime.whole_attention import WholeAttnProcessor, _probabilities, by_bands
 from halftone.site_quantizer import Mode, SiteQuantizer, set_mode
 from halftone.source import load_source
 from halftone.start_token import has_start_token, kept_apart

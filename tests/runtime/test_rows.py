@@ -25,8 +25,10 @@ from halftone.quantizers.groups import Axis, Grouping, fit_groups
 from halftone.quantizers.layout import layout_of
 from halftone.runtime import int8
 from halftone.runtime.int8 import Int8Product
+from halftone.runtime.operands import Affine
 from halftone.runtime.reference import ReferenceProduct
-from halftone.runtime.rows import RowLayer, takes_rows
+from halftone.runtime.rows import RowLayer
+from halftone.runtime.whole_rows import WholeRowLayer, middle_of, takes_rows
 from halftone.site_quantizer import Mode, SiteQuantizer
 
 CASES: dict[str, dict[str, Any]] = {
@@ -92,7 +94,7 @@ def layers(
 
 def exact(layer: RowLayer, x: Tensor, call: int) -> tuple[Tensor, Tensor]:
     """Codes (batch, positions, terms) and outputs, from the definition, in float64 and all at once."""
-    input, window = layer.input, layer.window
+    input, window = layer.input, layer.rows.window
     assert input.groups is not None
     _, labels = input.groups.row(call)
     params = AffineParams(
@@ -124,7 +126,7 @@ def test_a_layer_computes_what_simulated_execution_does(case: str, shared: bool)
             found, wanted = fast(x), slow(x)
             codes, oracle = exact(fast, x, call)
             assert torch.equal(
-                torch.cat([fast.codes_of(p) for p in fast.pieces(x, fast.input)], 1).int(), codes
+                torch.cat([fast.codes_of(p) for p in fast.rows.pieces(x, fast.input)], 1).int(), codes
             )
             for mine, simulated in fast.beside(x, fast.input):
                 assert torch.equal(mine.int(), simulated)
@@ -134,6 +136,48 @@ def test_a_layer_computes_what_simulated_execution_does(case: str, shared: bool)
         assert (found - oracle).abs().max() <= 1e-6 * oracle.abs().max()
         seen.append(found)
     assert not torch.equal(*seen), "each call has parameters of its own"
+
+
+def whole(fast: RowLayer, layer: nn.Linear | nn.Conv2d) -> WholeRowLayer:
+    """The simulated layer of an integer one."""
+    codes = WeightCodes(fast.codes, fast.weight_scale[0], fast.weight_zero_point[0])
+    return WholeRowLayer(copy.deepcopy(layer), fast.input, codes)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("bits", "weight_bits", "offset"), [(4, 4, 0.0), (8, 8, 0.0), (10, 8, 0.0), (8, 8, 1e5)]
+)
+def test_simulated_and_integer_execution_give_the_same_bits(
+    case: str, bits: int, weight_bits: int, offset: float
+) -> None:
+    slow, fast, x, context = layers(case, bits, weight_bits, offset=offset)
+    simulated = whole(fast, slow.layer)
+    with context.at(1), torch.inference_mode():
+        found, wanted = simulated(x), fast(x)
+    assert torch.equal(found, wanted)
+    assert found.stride() == wanted.stride(), "norms after it add in the order of memory"
+
+
+@pytest.mark.parametrize("case", ["linear", "padded"])
+def test_what_is_learned_or_observed_is_dequantized(case: str) -> None:
+    slow, fast, x, context = layers(case)
+    simulated = whole(fast, slow.layer)
+    with context.at(0):
+        found, wanted = simulated(x.clone().requires_grad_()), slow(x.clone().requires_grad_())
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        assert found.requires_grad
+        fast.input.mode = Mode.OFF
+        assert torch.allclose(simulated(x), slow(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cast_leaves_scales_and_sums_as_they_are() -> None:
+    slow, fast, _, _ = layers("padded")
+    simulated = whole(fast, slow.layer)
+    kept = {name: value.clone() for name, value in simulated.rows.named_buffers()}
+    simulated.half()
+    assert simulated.layer.weight.dtype == torch.float16
+    assert all(torch.equal(value, kept[name]) for name, value in simulated.rows.named_buffers())
 
 
 @pytest.mark.parametrize("case", ["linear", "no padding"])
@@ -146,15 +190,15 @@ def test_sums_are_exact_whatever_the_zero_points(
     """Without scales and bias outputs are whole numbers, also where zero points lie far outside the codes."""
     _, fast, x, context = layers(case, bits, weight_bits, offset=offset)
     with context.at(0):
-        for piece in fast.pieces(x, fast.input):
+        for piece in fast.rows.pieces(x, fast.input):
             whole = AffineParams(torch.ones_like(piece.params.scale), piece.params.zero_point, bits)
             if offset:
                 assert (whole.zero_point < -(2**bits)).any()
             codes = fast.codes_of(piece)
             steps = codes.double() - whole.zero_point.double().reshape(-1, 1)
-            fast.weight_scale.fill_(1.0)
-            fast.bias = None
-            found = fast.multiplied(Int8Product(fast.matrix), codes, whole)
+            fast.rows.weight_scale.fill_(1.0)
+            middle = Affine(torch.ones(()), middle_of(whole), bits)
+            found = fast.rows.scaled(Int8Product(fast.matrix).accumulate(codes, middle), whole, None)
             assert torch.equal(found.double(), steps @ fast.matrix.steps().double().T)
 
 

@@ -6,14 +6,15 @@ those of the axis it sums over (channels of q and k, tokens of v) inner factors,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from halftone.denoiser import SiteKind
 from halftone.quantizers.groups import Axis
-from halftone.runtime.operands import codes_each
+from halftone.runtime.operands import Operand, codes_each
 from halftone.runtime.reference import EXACT_FLOAT64
-from halftone.runtime.whole_attention import Operand
 from halftone.site_quantizer import SiteQuantizer
 
 _MOST_REACH = 2**22 + 2**16  # of a 16-bit step, as far from zero as `fit_affine` lets a range lie
@@ -37,6 +38,24 @@ def grouped_operand(x: Tensor, quantizer: SiteQuantizer) -> Operand:
     if axis is summed:
         return Operand(steps, params.scale.new_ones(()), reach, most, inner=params.scale.flatten())
     return Operand(steps, params.scale, reach, most)
+
+
+def by_factor(left: Operand, right: Operand, product: Callable[[Operand, Operand], Tensor]) -> Tensor:
+    """Product cut into parts wherever the inner factors of both operands stay the same: their whole numbers
+    are multiplied, scaled by the factor of the part and added as floats."""
+    inner = right.inner if left.inner is None else left.inner
+    assert inner is not None
+    if left.inner is not None and right.inner is not None:
+        inner = inner * right.inner
+    total: Tensor | None = None
+    for factor in inner.unique():
+        inside = (inner == factor).nonzero().flatten()
+        parts = left.steps.index_select(2, inside), right.steps.index_select(1, inside)
+        out = product(left._replace(steps=parts[0]), right._replace(steps=parts[1]))
+        out = out.mul_(factor.to(out.dtype))
+        total = out if total is None else total.add_(out)
+    assert total is not None
+    return total
 
 
 def _reach(zero_point: Tensor, high: int) -> int:

@@ -20,7 +20,8 @@ from halftone.runtime.choose import Decision, Kernel, choose
 from halftone.runtime.int8 import Int8Product
 from halftone.runtime.layers import IntegerAttnProcessor, IntegerLayer, MakeProduct
 from halftone.runtime.reference import ReferenceProduct
-from halftone.runtime.rows import RowLayer, takes_rows
+from halftone.runtime.rows import RowLayer
+from halftone.runtime.whole_rows import takes_rows
 from halftone.site_quantizer import Parameters, SiteQuantizer
 
 _PRODUCTS: dict[Kernel, MakeProduct] = {Kernel.INT8: Int8Product, Kernel.REFERENCE: ReferenceProduct}

@@ -9,12 +9,23 @@ from torch import Tensor, nn
 
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
-from halftone.runtime.grouped_attention import grouped_operand
-from halftone.runtime.operands import Affine, Geometry, Product, Weight, check_nan, encode, geometry_of, wide
+from halftone.runtime.operands import (
+    BAND,
+    EXACT_FLOAT32,
+    Affine,
+    Geometry,
+    Operand,
+    Product,
+    Weight,
+    check_nan,
+    encode,
+    geometry_of,
+    wide,
+)
 from halftone.runtime.parts import Parts, parts_of
 from halftone.runtime.reference import batched
 from halftone.runtime.whole import Affines, keep_float32
-from halftone.runtime.whole_attention import BAND, EXACT_FLOAT32, Operand, WholeAttnProcessor, by_bands
+from halftone.runtime.whole_attention import WholeAttnProcessor, by_bands
 from halftone.site_quantizer import SiteQuantizer
 
 _EXACT_BFLOAT16 = 2**8  # a float32 product may round its operands to this, where PyTorch is told to
@@ -129,8 +140,7 @@ class IntegerAttnProcessor(WholeAttnProcessor):
     """
 
     def operand(self, x: Tensor, quantizer: SiteQuantizer) -> Operand:
-        grouped = quantizer.groups is not None
-        found = grouped_operand(x, quantizer) if grouped else super().operand(x, quantizer)
+        found = super().operand(x, quantizer)
         check_nan(found.steps, quantizer.site.name)
         return found
 

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from halftone.errors import UserError
 from halftone.quantizers.affine import AffineParams
 
+EXACT_FLOAT32 = 2**24
+"""Below it float32 holds every whole number."""
+BAND = 24
+"""Octaves of one exact product: 2^24, times 16 bits of a value, over 2^13 keys adds up to 2^53."""
 _BYTE_SHIFT = 128  # a cast to int8 is several times faster than one to uint8
 
 
@@ -78,6 +82,28 @@ def geometry_of(layer: nn.Module) -> Geometry | None:
 def spread(how: Geometry | None) -> tuple[int, ...]:
     """Shape that lays values of output channels along those of a layer's output."""
     return (-1,) if how is None else (-1, 1, 1)
+
+
+class Operand(NamedTuple):
+    """Whole numbers of a batched product, and what they stand for: values are scale x steps.
+
+    scale: float32, () or (rows, 1, 1); of an axis that the product keeps, (n, 1) or (1, n). reach: largest
+    magnitude of a step. most: bound of the sum of a row's. octaves: how many, of steps that are powers of
+    two; 0 of others. In every `BAND` of them steps are whole multiples of the smallest. inner: further
+    factors, of the axis that the product sums over, (k,).
+    """
+
+    steps: Tensor
+    scale: Tensor
+    reach: int
+    most: float
+    octaves: int = 0
+    inner: Tensor | None = None
+
+    def turned(self) -> Operand:
+        """The two last axes exchanged."""
+        scale = self.scale if self.scale.ndim == 0 else self.scale.transpose(-2, -1)
+        return self._replace(steps=self.steps.transpose(1, 2), scale=scale)
 
 
 class Product(Protocol):

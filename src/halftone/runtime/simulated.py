@@ -27,6 +27,7 @@ from halftone.runtime.operands import geometry_of, wide
 from halftone.runtime.parts import Parts, parts_of
 from halftone.runtime.whole import WholeLayer
 from halftone.runtime.whole_attention import WholeAttnProcessor
+from halftone.runtime.whole_rows import WholeRowLayer, takes_rows
 from halftone.site_quantizer import Mode, Parameters, SiteQuantizer, set_divisors, set_mode
 
 _MODULE_TYPES = ("Linear", "Conv2d", "Attention")
@@ -84,31 +85,33 @@ def multiply_whole_numbers(denoiser: nn.Module, weights: Mapping[str, WeightCode
         processor = getattr(module, "processor", None)
         if isinstance(processor, QuantizedAttnProcessor):
             parts: Any = (processor.query, processor.key, processor.value, processor.probabilities)
-            if all(isinstance(part, SiteQuantizer) and _one_scale(part) for part in parts):
+            if all(isinstance(part, SiteQuantizer) and _known(part) for part in parts):
                 module.processor = WholeAttnProcessor(*parts)
         elif type(module) is QuantizedLayer and module.input is not None and name in weights:
             weight, layer = weights[name], module.layer
-            found = parts_of(module.input)
-            if found is not None and _fits(layer, weight, found):
-                denoiser.set_submodule(name, WholeLayer(layer, module.input, weight).eval())
+            by_rows = takes_rows(module.input)
+            found = Parts() if by_rows else parts_of(module.input)
+            if found is not None and _fits(layer, weight, found, by_rows):
+                made = (WholeRowLayer if by_rows else WholeLayer)(layer, module.input, weight)
+                denoiser.set_submodule(name, made.eval())
 
 
-def _one_scale(quantizer: SiteQuantizer) -> bool:
-    """Whether a call has one scale, or one for each row of probabilities."""
-    if isinstance(quantizer, ProbabilityQuantizer):
+def _known(quantizer: SiteQuantizer) -> bool:
+    """Whether a call has one scale, one for each row of probabilities, or groups."""
+    if isinstance(quantizer, ProbabilityQuantizer) or quantizer.groups is not None:
         return True
     return not quantizer.dynamic and quantizer.scale.ndim == 1
 
 
-def _fits(layer: nn.Linear | nn.Conv2d, weight: WeightCodes, parts: Parts) -> bool:
-    """Whether the layer slides plainly, and can be cut as its input is."""
+def _fits(layer: nn.Linear | nn.Conv2d, weight: WeightCodes, parts: Parts, by_rows: bool) -> bool:
+    """Whether the layer slides plainly, and can be cut, or unfolded, as its input is."""
     try:
         geometry = geometry_of(layer)
     except ValueError:
         return False
     halves = weight.scale.numel() > weight.codes.shape[0]
     whole = geometry is None or geometry.groups == 1
-    return halves == parts.split and (whole or not parts.ends)
+    return halves == parts.split and (whole or not (parts.ends or by_rows))
 
 
 def site_of(plan: SitePlan, denoiser: nn.Module) -> Site:

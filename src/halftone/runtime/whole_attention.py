@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
@@ -13,36 +10,11 @@ from halftone.attention import QuantizedAttnProcessor
 from halftone.probability_quantizer import ProbabilityQuantizer
 from halftone.quantizers.affine import SMALLEST_SCALE
 from halftone.quantizers.log2 import LEAST_OCTAVE, Log2Params, fake_quantize_log2
-from halftone.runtime.operands import Affine, encode, whole, wide
+from halftone.runtime.grouped_attention import by_factor, grouped_operand
+from halftone.runtime.operands import BAND, EXACT_FLOAT32, Affine, Operand, encode, whole, wide
 from halftone.runtime.reference import batched
 from halftone.runtime.whole import Affines, plain
 from halftone.site_quantizer import SiteQuantizer
-
-EXACT_FLOAT32 = 2**24
-BAND = 24
-"""Octaves of one exact product: 2^24, times 16 bits of a value, over 2^13 keys adds up to 2^53."""
-
-
-class Operand(NamedTuple):
-    """Whole numbers of a batched product, and what they stand for: values are scale x steps.
-
-    scale: float32, () or (rows, 1, 1); of an axis that the product keeps, (n, 1) or (1, n). reach: largest
-    magnitude of a step. most: bound of the sum of a row's. octaves: how many, of steps that are powers of
-    two; 0 of others. In every `BAND` of them steps are whole multiples of the smallest. inner: further
-    factors, of the axis that the product sums over, (k,).
-    """
-
-    steps: Tensor
-    scale: Tensor
-    reach: int
-    most: float
-    octaves: int = 0
-    inner: Tensor | None = None
-
-    def turned(self) -> Operand:
-        """The two last axes exchanged."""
-        scale = self.scale if self.scale.ndim == 0 else self.scale.transpose(-2, -1)
-        return self._replace(steps=self.steps.transpose(1, 2), scale=scale)
 
 
 class WholeAttnProcessor(QuantizedAttnProcessor):
@@ -111,6 +83,8 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
         """A tensor as whole numbers, in a float type."""
         if isinstance(quantizer, ProbabilityQuantizer):
             return _probabilities(x, quantizer)
+        if quantizer.groups is not None:
+            return grouped_operand(x, quantizer)
         affine = self.affine(quantizer)
         most = float(affine.reach * x.shape[-1])
         if quantizer is self.probabilities:
@@ -123,12 +97,14 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
         return self.product(left, right) if plain else by_factor(left, right, self.product)
 
     def product(self, left: Operand, right: Operand) -> Tensor:
-        """Batched product of whole numbers, in their type; of octaves, whose sums soon pass what float32
-        holds, by way of float64 on a CPU."""
+        """Batched product of whole numbers, in their type; on a CPU by way of float64 where float32 might not
+        hold a sum."""
         most = left.most * right.reach
-        exact = left.octaves and left.steps.device.type == "cpu"
-        if exact and (left.octaves > BAND or most >= EXACT_FLOAT32):
-            return by_bands(left, right)
+        if left.steps.device.type == "cpu":
+            if left.octaves > BAND or (left.octaves and most >= EXACT_FLOAT32):
+                return by_bands(left, right)
+            if most >= EXACT_FLOAT32:
+                return batched(left.steps, right.steps, most).to(left.steps.dtype)
         return torch.bmm(left.steps, right.steps)
 
     def _start(self, x: Tensor, axis: int) -> tuple[Tensor | None, Tensor]:
@@ -137,24 +113,6 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
             return None, x
         first, rest = x.split([1, x.shape[axis] - 1], axis)
         return first, rest
-
-
-def by_factor(left: Operand, right: Operand, product: Callable[[Operand, Operand], Tensor]) -> Tensor:
-    """Product cut into parts wherever the inner factors of both operands stay the same: their whole numbers
-    are multiplied, scaled by the factor of the part and added as floats."""
-    inner = right.inner if left.inner is None else left.inner
-    assert inner is not None
-    if left.inner is not None and right.inner is not None:
-        inner = inner * right.inner
-    total: Tensor | None = None
-    for factor in inner.unique():
-        inside = (inner == factor).nonzero().flatten()
-        parts = left.steps.index_select(2, inside), right.steps.index_select(1, inside)
-        out = product(left._replace(steps=parts[0]), right._replace(steps=parts[1]))
-        out = out.mul_(factor.to(out.dtype))
-        total = out if total is None else total.add_(out)
-    assert total is not None
-    return total
 
 
 def by_bands(left: Operand, right: Operand) -> Tensor:
