@@ -23,6 +23,7 @@ from halftone.report.evidence import gather
 from halftone.report.evidence import verdict as in_words
 from halftone.report.page import render, write_report
 from halftone.report.summary import check_comparable, read_csv, summarize
+from halftone.report.table import name_of
 from halftone.settings import PromptSet
 from halftone.unconditional import numbered
 
@@ -131,8 +132,8 @@ def test_rows_of_one_recipe_are_told_apart(results: Path, tmp_path: Path) -> Non
     summarize(sorted((results / "metrics").glob("*.json")), results / "summary.csv")
     write_report(results / "summary.csv", tmp_path / "report.html")
     text = Page((tmp_path / "report.html").read_text()).text
-    assert "static w4a8 (m_static-shared_w4a8_demo), tier demo" in text
-    assert f"static w4a8 ({STATIC}), tier demo" in text
+    assert "static w4a8 (static-shared), tier demo" in text
+    assert "static w4a8 (static), tier demo" in text
     assert "minmax w4a8, tier demo" in text
 
 
@@ -242,3 +243,17 @@ def test_two_models_share_no_table(results: Path) -> None:
     assert "alignment" in " ".join(heads[0])
     assert "alignment" not in " ".join(heads[1])
     assert "FID to real images" in " ".join(heads[1])
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [
+        (["m_base_w4a4_demo", "m_tcaq_w4a4_demo"], ["base", "tcaq"]),
+        (["m_base_demo", "m_base_more_demo"], ["m_base_demo", "more"]),
+        (["one", "two"], ["one", "two"]),
+    ],
+)
+def test_rows_that_would_share_a_name_are_told_apart_by_their_ids(ids: list[str], names: list[str]) -> None:
+    rows = [row(scenario, "tcaq") for scenario in ids]
+    assert [name_of(each, rows) for each in rows] == [f"tcaq w4a8 ({name})" for name in names]
+    assert name_of(rows[0], rows[:1]) == "tcaq w4a8"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from halftone.columns import COLUMNS, blank
@@ -96,13 +96,27 @@ _RATIOS = {"weight_mib": "{:.3g} times smaller", "bops": "{:.3g} times fewer"}
 
 
 def name_of(row: Row, among: Sequence[Row]) -> str:
-    """`static w4a8`, or what the two full-precision rows are; with its id where two rows would share it.
+    """`static w4a8`, or what the two full-precision rows are; where rows would share it, with what their ids
+    do not.
 
     among: the rows that the name has to tell apart.
     """
     name = _name(row)
-    alike = any(_name(other) == name and other["scenario"] != row["scenario"] for other in among)
-    return f"{name} ({row['scenario']})" if alike else name
+    ids = {str(other["scenario"]) for other in among if _name(other) == name} | {str(row["scenario"])}
+    return name if len(ids) == 1 else f"{name} ({_own_part(str(row['scenario']), ids)})"
+
+
+def _own_part(scenario: str, ids: Iterable[str]) -> str:
+    """What is left of an id, in words between underscores, without those that all ids begin or end with."""
+    parts = [name.split("_") for name in ids]
+    common = [0, 0]
+    for side, ordered in enumerate((parts, [words[::-1] for words in parts])):
+        for column in zip(*ordered, strict=False):
+            if len(set(column)) > 1:
+                break
+            common[side] += 1
+    words = scenario.split("_")
+    return "_".join(words[common[0] : len(words) - common[1]]) or scenario
 
 
 def _name(row: Row) -> str:
