@@ -1,10 +1,11 @@
-"""Seconds per denoiser call: full precision in diffusers, simulated execution, integer execution.
+"""Seconds per denoiser call, or per image: full precision in diffusers, simulated and integer execution.
 
-    python benchmarks/integer_runtime.py [--bits w4a8] [--threads 2] [--rounds 15]
+    python benchmarks/integer_runtime.py [--bits w4a8] [--threads 2] [--rounds 15] [--images]
 
 The embedded model at the size it is sampled at: 8 images with classifier-free guidance, a batch of 16. Each
 round runs every variant once, in turn, so that what else the machine does falls on all of them alike. Ranges
-are shared over the calls and weights rounded to nearest: neither changes the work of a call. Prints a
+are shared over the calls and weights rounded to nearest: neither changes the work of a call. `--images`
+times 8 whole images instead, text encoder and autoencoder with them, and gives seconds for one. Prints a
 Markdown table.
 """
 
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from diffusers import DiffusionPipeline
 
 import halftone
 from halftone.denoiser import denoiser_of
@@ -31,6 +32,7 @@ from halftone.source import load_source
 
 MODEL, PROMPTS = Path("data/models/scenes-t2i"), Path("data/prompts/calibration.txt")
 BATCH, TEXT_TOKENS = 16, 32
+STEPS, GUIDANCE = 25, 2.0
 
 
 def main() -> None:
@@ -38,29 +40,51 @@ def main() -> None:
     parser.add_argument("--bits", default="w4a8")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--images", action="store_true", help="whole images, not one call")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as folder:
         variants = _variants(Path(folder) / "artefact", chosen.bits)
-        calls = {name: _call(denoiser) for name, denoiser in variants.items()}
+        make = _image if chosen.images else _call
+        calls = {name: make(pipeline) for name, pipeline in variants.items()}
         load = os.getloadavg()[0]
         times = _interleaved(calls, chosen.rounds)
-    _print(times, chosen.bits, chosen.threads, load)
+    _print(times, "s an image" if chosen.images else "ms", chosen.bits, chosen.threads, load)
 
 
-def _variants(artefact: Path, bits: str) -> dict[str, nn.Module]:
-    schedule = {"steps": 4, "guidance": 2.0, "resolution": 64}
+def _variants(artefact: Path, bits: str) -> dict[str, DiffusionPipeline]:
+    schedule = {"steps": STEPS, "guidance": GUIDANCE, "resolution": 64}
     halftone.quantize(MODEL, "minmax", read_prompts(PROMPTS), artefact, bits=bits, n_prompts=4, **schedule)
-    integer = denoiser_of(halftone.load(artefact, execution="integer"))
-    print(f"integer: {execution_of(integer)}, {len(simulated_modules(integer))} modules simulated\n")
+    integer = halftone.load(artefact, execution="integer")
+    denoiser = denoiser_of(integer)
+    print(f"integer: {execution_of(denoiser)}, {len(simulated_modules(denoiser))} modules simulated\n")
     return {
-        "full precision (diffusers, float32)": denoiser_of(load_source(MODEL).pipeline),
-        "simulated": denoiser_of(halftone.load(artefact)),
+        "full precision (diffusers, float32)": load_source(MODEL).pipeline,
+        "simulated": halftone.load(artefact),
         "integer": integer,
     }
 
 
-def _call(denoiser: nn.Module) -> Callable[[], object]:
+def _image(pipeline: DiffusionPipeline) -> Callable[[], object]:
+    prompts = read_prompts(PROMPTS)[: BATCH // 2]
+    pipeline.set_progress_bar_config(disable=True)
+
+    def image() -> object:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+        return pipeline(
+            prompts,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            height=64,
+            width=64,
+            generator=generators,
+        )
+
+    return image
+
+
+def _call(pipeline: DiffusionPipeline) -> Callable[[], object]:
+    denoiser = denoiser_of(pipeline)
     config = read_json(MODEL / "unet" / "config.json")
     generator = torch.Generator().manual_seed(0)
     side = config["sample_size"]
@@ -86,7 +110,7 @@ def _interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return times
 
 
-def _print(times: dict[str, list[float]], bits: str, threads: int, load: float) -> None:
+def _print(times: dict[str, list[float]], unit: str, bits: str, threads: int, load: float) -> None:
     cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     rounds = len(next(iter(times.values())))
     print(
@@ -94,13 +118,14 @@ def _print(times: dict[str, list[float]], bits: str, threads: int, load: float) 
         end="",
     )
     print(f"load before {load:.1f}\n")
-    print(
-        "| execution | median ms | quartiles ms | times full precision's speed |\n| --- | --- | --- | --- |"
-    )
+    factor, digits = (1000, 0) if unit == "ms" else (2 / BATCH, 3)
+    print(f"| execution | median, {unit} | quartiles | times full precision's speed |")
+    print("| --- | --- | --- | --- |")
     full = statistics.median(next(iter(times.values())))
     for name, seconds in times.items():
-        low, middle, high = (1000 * value for value in statistics.quantiles(seconds, n=4))
-        print(f"| {name} | {middle:.0f} | {low:.0f}-{high:.0f} | {1000 * full / middle:.2f} |")
+        low, middle, high = (factor * value for value in statistics.quantiles(seconds, n=4))
+        ratio = factor * full / middle
+        print(f"| {name} | {middle:.{digits}f} | {low:.{digits}f}-{high:.{digits}f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":
