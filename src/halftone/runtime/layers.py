@@ -11,7 +11,6 @@ from halftone.errors import UserError
 from halftone.layers import WeightCodes
 from halftone.runtime.operands import (
     BAND,
-    EXACT_FLOAT32,
     Affine,
     Geometry,
     Operand,
@@ -25,7 +24,7 @@ from halftone.runtime.operands import (
 from halftone.runtime.parts import Parts, parts_of
 from halftone.runtime.reference import batched
 from halftone.runtime.whole import Affines, keep_float32
-from halftone.runtime.whole_attention import WholeAttnProcessor, by_bands
+from halftone.runtime.whole_attention import WholeAttnProcessor
 from halftone.site_quantizer import SiteQuantizer
 
 _EXACT_BFLOAT16 = 2**8  # a float32 product may round its operands to this, where PyTorch is told to
@@ -145,10 +144,7 @@ class IntegerAttnProcessor(WholeAttnProcessor):
         return found
 
     def product(self, left: Operand, right: Operand) -> Tensor:
-        most = left.most * right.reach
-        if left.octaves > BAND:
-            return by_bands(left, right)
-        narrow = left.octaves > 0 or left.reach <= _EXACT_BFLOAT16
-        if narrow and right.reach <= _EXACT_BFLOAT16 and most < EXACT_FLOAT32:
-            return torch.bmm(left.steps, right.steps)
-        return batched(left.steps, right.steps, most).to(left.steps.dtype)
+        narrow = (left.octaves > 0 or left.reach <= _EXACT_BFLOAT16) and right.reach <= _EXACT_BFLOAT16
+        if narrow or left.octaves > BAND:
+            return super().product(left, right)
+        return batched(left.steps, right.steps, left.most * right.reach).to(left.steps.dtype)

@@ -101,7 +101,7 @@ class WholeAttnProcessor(QuantizedAttnProcessor):
         hold a sum."""
         most = left.most * right.reach
         if left.steps.device.type == "cpu":
-            if left.octaves > BAND or (left.octaves and most >= EXACT_FLOAT32):
+            if left.octaves > BAND:
                 return by_bands(left, right)
             if most >= EXACT_FLOAT32:
                 return batched(left.steps, right.steps, most).to(left.steps.dtype)
