@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -168,8 +168,7 @@ def running(tree: Path) -> Iterator[subprocess.Popen[str]]:
             time.sleep(0.2)
         yield child
     finally:
-        for pid in jobs_of(tree):
-            os.kill(pid, signal.SIGKILL)
+        kill_jobs(tree)
         child.kill()
         child.communicate()
 
@@ -187,6 +186,13 @@ def jobs_of(tree: Path, verb: str = "") -> list[int]:
         except psutil.Error:
             continue
     return found
+
+
+def kill_jobs(tree: Path) -> None:
+    """Kill them all at once; one that ended with another's end is none of ours to kill."""
+    for pid in jobs_of(tree):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_interrupted_it_leaves_no_jobs_and_goes_on_later(copy: Callable[[], Path]) -> None:
@@ -207,8 +213,7 @@ def test_killed_it_goes_on_without_being_unlocked(copy: Callable[[], Path]) -> N
     tree = copy()
     before = results(tree)
     with running(tree):
-        for pid in jobs_of(tree):
-            os.kill(pid, signal.SIGKILL)
+        kill_jobs(tree)
     assert list((tree / ".snakemake/locks").iterdir())
     assert "Directory cannot be locked" in snakemake(tree, "results/report.html").stderr
     stub(tree)
