@@ -102,6 +102,13 @@ def test_a_wrong_value_is_named(path: str, value: Any, message: str) -> None:
     assert "\n" not in str(fault.value)
 
 
+def test_a_tier_without_rows_is_refused() -> None:
+    empty = edited("tiers/other", PARAMS["tiers"]["demo"])
+    empty["tier"] = "other"
+    with pytest.raises(UserError, match="tier 'other' has no scenario; tiers with scenarios: demo"):
+        validate(empty)
+
+
 def test_a_model_without_text_needs_no_prompt_files() -> None:
     plain = edited("prompts", None)
     plain["models"]["scenes-t2i"] = {"path": "data/models/plain", "unconditional": True}

@@ -230,6 +230,9 @@ class Settings(_Section):
                 raise ValueError(f"scenarios.{name}.model {scenario.model!r} is not among models")
             if scenario.tier not in self.tiers:
                 raise ValueError(f"scenarios.{name}.tier {scenario.tier!r} is not among tiers")
+        if not self.rows():
+            filled = ", ".join(dict.fromkeys(s.tier for s in self.scenarios.values()))
+            raise ValueError(f"tier {self.tier!r} has no scenario; tiers with scenarios: {filled}")
         self._check_prompts()
         for model, tier_name in {(s.model, s.tier) for s in self.scenarios.values()}:
             rows = [s for s in self.scenarios.values() if (s.model, s.tier) == (model, tier_name)]

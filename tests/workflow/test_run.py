@@ -146,6 +146,15 @@ def test_an_unknown_overlay_is_refused(finished: Finished) -> None:
     assert "headline" in said.stderr
 
 
+def test_an_error_in_a_frame_is_read_without_it(tmp_path: Path) -> None:
+    from halftone.workflow.invoke import Event, failure
+
+    log = tmp_path / "job.log"
+    log.write_text("╭─ Error ───╮\n│ Missing argument 'metrics'.   │\n╰───────────╯\n", encoding="utf-8")
+    said = failure(Event("error", rule="summary", log=(str(log),)))
+    assert str(said) == f"summary failed: Missing argument 'metrics'. (log: {log})"
+
+
 @contextmanager
 def running(tree: Path) -> Iterator[subprocess.Popen[str]]:
     """`halftone run` that is in the middle of sampling, which takes a minute."""

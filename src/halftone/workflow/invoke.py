@@ -22,6 +22,7 @@ PROFILE = Path("workflow/profiles/default")
 LOCKS = Path(".snakemake/locks")
 INTERRUPTED = 130
 _MARK = "\x1e"
+_BOX = " \t│╭╮╰╯─"  # what the command line frames its own errors with
 _CHATTER = "Using workflow specific profile"  # said before the log handler is in place
 _PR_SET_PDEATHSIG = 1
 
@@ -196,7 +197,8 @@ def failure(event: Event) -> Failure:
     """Read what a failed job said. A line that starts with `halftone: ` is the user's to put right."""
     log = event.log[0] if event.log else ""
     try:
-        lines = [line for line in Path(log).read_text(errors="replace").splitlines() if line.strip()]
+        told = Path(log).read_text(errors="replace").splitlines()
+        lines = [bare for line in told if (bare := line.strip(_BOX))]
     except OSError:
         lines = []
     last = lines[-1] if lines else "it ended without a message"
