@@ -18,7 +18,7 @@ from halftone.artefact.manifest import write_manifest
 from halftone.cli import main
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
-from halftone.factors import balance
+from halftone.factors import Balance, LayerBalance, balance, drawn
 from halftone.files import read_json
 from halftone.plan import Division, Execution, Plan
 from halftone.recipes import resolve
@@ -170,6 +170,21 @@ def test_the_verbs_make_the_artefact_that_quantize_makes(
     )
     assert after < before
     assert (tmp_path / "r/imbalance.svg").read_text().startswith("<?xml")
+
+
+def test_the_plot_holds_the_names_of_its_layers() -> None:
+    even = Balance(channels=1.0, calls=1.0)
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    facts: dict[str, Any] = {"median_factor": 1.0, "largest_factor": 1.0, "truncated": 0.0}
+    layers = tuple(
+        LayerBalance(layer=layer, division=Division.FOLDED, before=even, after=even, **facts)
+        for layer in ("conv_in", name)
+    )
+    figure = drawn(layers)
+    taken, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(taken.x0, taken.y0) >= 0
+    assert taken.x1 <= width
+    assert taken.y1 <= height
 
 
 def test_imbalance_is_the_largest_over_the_median_and_over_the_smallest() -> None:

@@ -20,6 +20,7 @@ from halftone.report.plots import HUES, MUTED, RULE, STYLE, canvas, short, svg_t
 FACTORS, DATA, PLOT = "factors.safetensors", "imbalance.json", "imbalance.svg"
 _DIGITS = 6
 _NAMED = 90  # layers, no more of which can be told apart below a plot
+_LETTER = 0.05  # inches, of a layer's name there
 
 
 class _Part(BaseModel):
@@ -103,25 +104,34 @@ def svg(layers: tuple[LayerBalance, ...]) -> str:
     """Both kinds of imbalance of every layer, before and after."""
     from matplotlib import rc_context
 
+    with rc_context(STYLE):
+        return svg_text(drawn(layers))
+
+
+def drawn(layers: tuple[LayerBalance, ...]) -> Any:
+    """The figure of `svg`."""
     panels = (
         ("channels", "over channels: largest over median channel (median over the calls)"),
         ("calls", "over calls: the tensor's largest magnitude, largest over smallest call"),
     )
     names = [short(layer.layer) for layer in layers]
-    with rc_context(STYLE):
-        figure, axes = canvas(len(panels), heights=(3.0,) * len(panels))
-        for axis, (key, title) in zip(axes, panels, strict=True):
-            _panel(axis, layers, key, title)
-            axis.set_xticks(range(len(names)))
-            axis.set_xticklabels([])
-        if len(names) <= _NAMED:
-            axes[-1].set_xticklabels(names, rotation=90, fontsize=5)
-        axes[-1].set_xlabel("layers, in the order in which they run")
-        axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False, fontsize=8)
-        return svg_text(figure)
+    named = len(names) <= _NAMED
+    longest = max((len(name) for name in names), default=0) if named else 0
+    figure, axes = canvas(len(panels), heights=(3.0,) * len(panels), bottom=0.6 + _LETTER * longest)
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        _panel(axis, layers, key, title)
+        axis.set_xticks(range(len(names)))
+        axis.set_xticklabels([])
+    if named:
+        axes[-1].set_xticklabels(names, rotation=90, fontsize=6)
+    axes[-1].set_xlabel("layers, in the order in which they run")
+    axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False, fontsize=8)
+    return figure
 
 
 def _panel(axis: Any, layers: tuple[LayerBalance, ...], key: str, title: str) -> None:
+    from matplotlib.ticker import LogFormatter
+
     for place, layer in enumerate(layers):
         before, after = getattr(layer.before, key), getattr(layer.after, key)
         if before is not None and after is not None:
@@ -152,6 +162,8 @@ def _panel(axis: Any, layers: tuple[LayerBalance, ...], key: str, title: str) ->
                 label=label,
             )
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))  # plain numbers
     axis.set_title(title)
     axis.grid(axis="y", color=RULE, linewidth=0.6)
 

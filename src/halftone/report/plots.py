@@ -235,15 +235,19 @@ def _block(site: str) -> str:
     return " ".join(filter(None, stage.groups())) if stage else site.split(".")[0].replace("_", " ")
 
 
-def canvas(rows: int, heights: tuple[float, ...], left: float = 0.09, right: float = 0.67) -> tuple[Any, Any]:
+def canvas(
+    rows: int, heights: tuple[float, ...], left: float = 0.09, right: float = 0.67, bottom: float = 0.6
+) -> tuple[Any, Any]:
+    """A figure of `rows` panels. heights and bottom (the margin that ticks and label need) are
+    inches, left and right shares of the width."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    height = math.fsum(heights) + 0.55 * (rows - 1) + 0.95
+    height = math.fsum(heights) + 0.55 * (rows - 1) + 0.35 + bottom
     figure = Figure(figsize=(11, height))
     FigureCanvasSVG(figure)
     axes = figure.subplots(rows, 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    margin = {"left": left, "right": right, "top": 1 - 0.35 / height, "bottom": 0.6 / height}
+    margin = {"left": left, "right": right, "top": 1 - 0.35 / height, "bottom": bottom / height}
     figure.subplots_adjust(**margin, hspace=0.55 * rows / math.fsum(heights))
     return figure, axes
 
