@@ -199,7 +199,9 @@ def test_analysis_shows_the_choices(
     assert f"log2 codes (blue) at {share:.0%}" in (tmp_path / "analysis" / "ranges.svg").read_text()
     plain = [SiteRange("a.probabilities", (1.0, 2.0), 2.0)]
     assert "log2" not in ranges_svg(plain, "static")
-    assert "log2" in ranges_svg(plain, "static", [SiteCodes("a.probabilities", (True, False))])
+    both = ranges_svg(plain, "static", [SiteCodes("a.probabilities", (True, False))])
+    assert "log2" in both
+    assert both.count("pure noise") == 1  # above another panel the label would meet its title
 
 
 GROUPED = {"adaptive_groups": 2, "probabilities_scale": "dynamic", "start_token": "apart"}

@@ -163,7 +163,7 @@ def _per_call(sites: Sequence[SiteRange], title: str, codes: Sequence[SiteCodes]
         extent=(-0.5, calls - 0.5, len(sites) - 0.5, -0.5),
     )
     bottom.set_title("every site: range at a call over the site's median range")
-    bottom.set_xlabel("call (0 starts from pure noise)")
+    axes[-1].set_xlabel("call (0 starts from pure noise)")  # once: it would meet a title
     _block_ticks(bottom, [site.site for site in sites])
     for axis in axes:
         axis.set_xlim(-0.5, calls - 0.5)
@@ -192,7 +192,6 @@ def _codes(axis: Any, codes: Sequence[SiteCodes]) -> None:
         extent=(-0.5, chosen.shape[1] - 0.5, len(codes) - 0.5, -0.5),
     )
     axis.set_title(f"attention probabilities: log2 codes (blue) at {chosen.mean():.0%} of layers and calls")
-    axis.set_xlabel("call (0 starts from pure noise)")
     _block_ticks(axis, [site.site for site in codes])
 
 
