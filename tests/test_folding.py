@@ -24,6 +24,9 @@ from halftone.steps.wrapped import wrapped
 
 ALL = Axes(reparameterization=Reparameterization.TCR, reparameterization_layers=ReparameterizedLayers.ALL)
 CONVOLUTIONS = Axes(reparameterization=Reparameterization.TCR)
+INNER = CONVOLUTIONS.model_copy(
+    update={"reparameterization_layers": ReparameterizedLayers.INNER_CONVOLUTIONS}
+)
 Call = Callable[[], Tensor]
 
 
@@ -193,6 +196,17 @@ def test_what_cannot_be_folded_is_divided_in_the_quantize_step(
     (one,) = [one for one in shared if name in one.layers]
     assert one.division is Division.QUANTIZE_STEP
     assert name in divisors(shared, drawn(denoiser, shared))
+
+
+def test_inner_convolutions_are_all_but_the_first_and_the_last_layer() -> None:
+    denoiser, _ = conditional()
+    found = sites(denoiser, bits=Bits.parse("w4a4b8"))
+    names = {
+        which: {layer for one in reparameterized_layers(denoiser, found, axes) for layer in one.layers}
+        for which, axes in {"every": CONVOLUTIONS, "inner": INNER}.items()
+    }
+    assert names["every"] - names["inner"] == {"conv_in", "conv_out"}
+    assert names["inner"] < names["every"]
 
 
 def test_a_producer_is_left_alone_unless_all_that_read_it_take_part() -> None:

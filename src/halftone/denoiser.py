@@ -80,7 +80,7 @@ class Site:
 
 def width_at(module: str, kind: SiteKind, bits: Bits) -> int:
     """Bits of a quantized site of a module."""
-    if bits.boundary is not None and module in _BOUNDARY:
+    if bits.boundary is not None and is_boundary(module):
         return bits.boundary
     if kind is SiteKind.WEIGHT:
         return bits.weight
@@ -138,6 +138,11 @@ def denoiser_of(pipeline: Any) -> nn.Module:
     raise UserError(
         f"pipeline {type(pipeline).__name__} has neither unet nor transformer: choose a diffusion pipeline"
     )
+
+
+def is_boundary(module: str) -> bool:
+    """Whether it is the first layer or the last one."""
+    return module in _BOUNDARY
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -220,7 +225,7 @@ def sites(
     for name, module in modules_in_order(denoiser):
         if not is_layer(module):
             continue
-        boundary = name in _BOUNDARY and not boundary_too
+        boundary = is_boundary(name) and not boundary_too
         reason = f"first or last layer stays in float (protocol {protocol})" if boundary else None
         split = None if reason else halves.get(name)
         kinds = SiteKind.INPUT, SiteKind.WEIGHT
@@ -269,7 +274,7 @@ def blocks(denoiser: nn.Module, *, boundary: bool = False) -> list[Block]:
         if is_layer(module):
             if inside:
                 found[-1][2].append(name)
-            elif boundary or name not in _BOUNDARY:
+            elif boundary or not is_boundary(name):
                 found.append((name, BlockKind.LAYER, [name]))
         elif not inside and (kind := _block_kind(module)) is not None:
             found.append((name, kind, []))

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from halftone.axes import Axes
-from halftone.denoiser import Site, SiteKind, attends_plainly, is_layer, modules_in_order
+from halftone.denoiser import Site, SiteKind, attends_plainly, is_boundary, is_layer, modules_in_order
 from halftone.plan import Division
 from halftone.policies import Reparameterization, ReparameterizedLayers
 
@@ -44,11 +44,11 @@ def reparameterized_layers(denoiser: nn.Module, sites: Iterable[Site], axes: Axe
     """
     if axes.reparameterization is Reparameterization.NONE:
         return ()
-    every = axes.reparameterization_layers is ReparameterizedLayers.ALL
+    which = axes.reparameterization_layers
     taking = [
         site.module
         for site in sites
-        if site.kind is SiteKind.WEIGHT and site.quantized and _takes(denoiser, site.module, every)
+        if site.kind is SiteKind.WEIGHT and site.quantized and _takes(denoiser, site.module, which)
     ]
     found: dict[str, Shared] = {name: Shared((name,)) for name in taking}
     for producer, layers in _folds(denoiser):
@@ -107,10 +107,12 @@ def divisors(shared: Iterable[Shared], factors: Mapping[str, Tensor]) -> dict[st
     return {name: factors[name] for one in shared if one.producer is None for name in one.layers}
 
 
-def _takes(denoiser: nn.Module, name: str, every: bool) -> bool:
+def _takes(denoiser: nn.Module, name: str, which: ReparameterizedLayers) -> bool:
     module = denoiser.get_submodule(name)
     layer = getattr(module, "layer", module)
-    return layer.groups == 1 if isinstance(layer, nn.Conv2d) else every
+    if which is ReparameterizedLayers.INNER_CONVOLUTIONS and is_boundary(name):
+        return False
+    return layer.groups == 1 if isinstance(layer, nn.Conv2d) else which is ReparameterizedLayers.ALL
 
 
 def _folds(denoiser: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:

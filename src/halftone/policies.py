@@ -164,7 +164,9 @@ class Reparameterization(StrEnum):
 
 
 class ReparameterizedLayers(StrEnum):
-    """Layers whose input is reparameterized: convolutions (TCAQ-DM), or Linear ones too."""
+    """Layers whose input is reparameterized: convolutions (TCAQ-DM), those but the first and the last layer
+    (our choice, the paper is silent), or Linear ones too."""
 
     CONVOLUTIONS = "convolutions"
+    INNER_CONVOLUTIONS = "inner_convolutions"
     ALL = "all"
