@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,25 @@ def test_runs_in_lockstep_are_the_pipelines_own(tiny_pipeline: Any, scheduler: A
             runs.answer([pipeline.unet(**one)[0] for one in given])
         assert not runs.latents
     assert "forward" not in vars(pipeline.unet)
+
+
+def test_one_run_computes_at_a_time(tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(tiny_pipeline)
+    encoding: list[None] = []
+    seen: list[int] = []
+    encode = kind.encode_prompt
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        encoding.append(None)
+        seen.append(len(encoding))
+        time.sleep(0.05)  # another run would come in between and find the tokenizer padding as this one wants
+        encoding.pop()
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(kind, "encode_prompt", slowly)
+    arguments = [run_arguments(tiny_pipeline, ids, [""] * len(ids), **HOW) for ids in BATCHES]
+    with Lockstep(copy.deepcopy(tiny_pipeline), arguments):
+        assert seen == [1, 1]
 
 
 def test_a_fault_in_a_run_ends_all_of_them(tiny_pipeline: Any) -> None:

@@ -117,14 +117,15 @@ class Lockstep:
         self.denoiser.forward = forward
         with contextlib.ExitStack() as undo:
             undo.callback(self._leave)
+            found = []
             for run in self.runs:
                 run.start()
-            self._collect()
+                found.append(run.wait())  # one at a time: runs share a tokenizer, whose padding is its state
+            self._hold(found)
             undo.pop_all()
         return self
 
-    def _collect(self) -> None:
-        found = [run.wait() for run in self.runs]
+    def _hold(self, found: Sequence[Tensor | None]) -> None:
         self.latents = [latents for latents in found if latents is not None]
 
     def answer(self, outputs: Sequence[Tensor]) -> None:
@@ -136,7 +137,7 @@ class Lockstep:
         for run, output in zip(self.runs, outputs, strict=True):
             run.answers.put(output)
             found.append(run.wait())  # one at a time
-        self.latents = [latents for latents in found if latents is not None]
+        self._hold(found)
 
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
