@@ -70,8 +70,17 @@ class _Run(threading.Thread):
             raise _Abandoned
         return answer
 
-    def wait(self) -> Tensor | None:
-        """What the run asks for next; None at its end. Raises what the run raised."""
+    def begin(self) -> Tensor | None:
+        """Start, and wait for what the run asks for first; None if it ends. Raises what the run raised."""
+        self.start()
+        return self._next()
+
+    def go_on(self, answer: Tensor) -> Tensor | None:
+        """The denoiser's output for what was asked, and what is asked next, as `begin`."""
+        self.answers.put(answer)
+        return self._next()
+
+    def _next(self) -> Tensor | None:
         found = self.asked.get()
         if isinstance(found, BaseException):
             raise found
@@ -117,11 +126,8 @@ class Lockstep:
         self.denoiser.forward = forward
         with contextlib.ExitStack() as undo:
             undo.callback(self._leave)
-            found = []
-            for run in self.runs:
-                run.start()
-                found.append(run.wait())  # one at a time: runs share a tokenizer, whose padding is its state
-            self._hold(found)
+            # one at a time: runs share a tokenizer, whose padding is its state
+            self._hold([run.begin() for run in self.runs])
             undo.pop_all()
         return self
 
@@ -133,11 +139,7 @@ class Lockstep:
 
         Raises what a run raises.
         """
-        found = []
-        for run, output in zip(self.runs, outputs, strict=True):
-            run.answers.put(output)
-            found.append(run.wait())  # one at a time
-        self._hold(found)
+        self._hold([run.go_on(output) for run, output in zip(self.runs, outputs, strict=True)])
 
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
