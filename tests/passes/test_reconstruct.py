@@ -100,10 +100,10 @@ def test_rows_whose_weights_are_learned_alike_share_them(
     modules = layers_in(denoiser, RESNET, LAYER)
     shared = tmp_path / "units"
 
-    def run(name: str, axes: Axes, bits: str) -> Reconstructed:
+    def run(name: str, axes: Axes, bits: str, how: Reconstruction = SMOKE) -> Reconstructed:
         folder = tmp_path / name
         return reconstruct(
-            denoiser, trajectory, axes, Bits.parse(bits), SMOKE, 0, folder, modules, shared=shared
+            denoiser, trajectory, axes, Bits.parse(bits), how, 0, folder, modules, shared=shared
         )
 
     one = run("one", AXES, "w4a8")
@@ -114,6 +114,7 @@ def test_rows_whose_weights_are_learned_alike_share_them(
     )
     activations = AXES.model_copy(update={"activation_range": Range.LP})
     assert same(one, run("two", activations, "w4a5"))
+    assert same(one, run("in less memory", AXES, "w4a8", SMOKE.model_copy(update={"cache_mib": 16})))
     assert not learned
     run("three", AXES, "w3a8")
     assert len(learned) == 2

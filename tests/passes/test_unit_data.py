@@ -164,9 +164,13 @@ def test_cache_beyond_its_limit_is_mapped_from_disk(tmp_path: Path) -> None:
     assert (memory.spilled, disk.spilled) == (False, True)
     assert not (tmp_path / "a").exists()
     assert len(list((tmp_path / "b").iterdir())) == 3  # 7 samples, 3 at a time
-    for near, far in zip(memory.batch(range(7))[1], disk.batch(range(7))[1], strict=True):
-        assert far.dtype == torch.float32
-        assert torch.equal(near.bfloat16().float(), far)
+    near, far = (
+        [*leaves(arguments), *targets]
+        for arguments, targets in (memory.batch(range(7)), disk.batch(range(7)))
+    )
+    tensors = [pair for pair in zip(near, far, strict=True) if isinstance(pair[0], Tensor)]
+    assert len(tensors) > 2
+    assert all(torch.equal(*pair) for pair in tensors)
 
 
 def test_values_that_are_not_finite_name_the_unit(tmp_path: Path) -> None:

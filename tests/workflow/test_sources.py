@@ -6,8 +6,8 @@ from pathlib import Path
 
 from trees import ROOT
 
+from halftone.imports import closure
 from halftone.workflow import sources
-from halftone.workflow.imports import closure
 from halftone.workflow.paths import Rule
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: tensors of a run, kept with a mark that says which run it was.
 
-The mark is a digest of everything that the run's result depends on, so that no other run goes on from them.
+The mark is a digest of everything that the run's result depends on, the code included, so that no other run
+goes on from them.
 """
 
 from __future__ import annotations
@@ -12,18 +13,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from halftone import __version__
 from halftone.files import writing
+from halftone.imports import code_hash
 from halftone.trajectory import Trajectory
+
+_ALL_STEPS = "halftone/chain.py"
 
 
 def fingerprint(denoiser: nn.Module, trajectory: Trajectory, facts: Any) -> str:
-    """SHA-256 of plain values, of a denoiser's parameters and buffers, and of a trajectory."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    """SHA-256 of plain values, of a denoiser's parameters and buffers, of a trajectory, and of the code and
+    the packages that compute."""
+    versions = [__version__, torch.__version__, diffusers.__version__, code_hash(_ALL_STEPS)]
+    digest = hashlib.sha256(json.dumps([facts, versions], sort_keys=True).encode())
     tensors = {f"model/{name}": value for name, value in denoiser.state_dict().items()}
     for field in dataclasses.fields(trajectory):
         value = getattr(trajectory, field.name)

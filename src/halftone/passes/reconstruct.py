@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from halftone import __version__
 from halftone.axes import Axes
 from halftone.denoiser import SiteKind, blocks, width_at
 from halftone.errors import UserError
@@ -323,12 +322,11 @@ class _Work:
         facts = {
             "axes": self.axes.model_dump(mode="json", include=_AXES),
             "bits": [self.bits.weight, self.bits.boundary],
-            "settings": self.settings.model_dump(mode="json"),
+            "settings": self.settings.model_dump(mode="json", exclude={"cache_mib"}),
             "schedule": dataclasses.asdict(self.schedule),
             "seed": self.seed,
             "modules": self.modules,
             "splits": self.splits,
-            "versions": [__version__, torch.__version__],
             "device": first.device.type,
         }
         if self.before is not None:

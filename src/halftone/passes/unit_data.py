@@ -48,7 +48,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class UnitData:
-    """Cached rows of one unit, in chunks of `chunk`: in memory, or memory-mapped from disk in bfloat16.
+    """Cached rows of one unit, in chunks of `chunk`: in memory, or memory-mapped from disk, the same values.
 
     A chunk lists the inputs that have rows, then the outputs; each is (up to `chunk`, ...).
     """
@@ -93,7 +93,7 @@ def capture(
 
     It should return what the denoiser as it stands, in full precision, returns; it is given what the
     denoiser hands on inside `prefix`, its quantized state, or as it stands where there is none. More than
-    `limit_mib` MiB go to `folder` (which the caller removes), as bfloat16. Raises UserError where a value is
+    `limit_mib` MiB go to `folder` (which the caller removes). Raises UserError where a value is
     not finite, and for a full disk.
     """
     first = next(denoiser.parameters())
@@ -158,10 +158,7 @@ def _run_to(
 def _spill(path: Path, tensors: Sequence[Tensor]) -> list[Tensor]:
     with explain_disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # bfloat16 has the range of float32, so nothing overflows
-        halves = [
-            t.to("cpu", torch.bfloat16 if t.is_floating_point() else t.dtype).contiguous() for t in tensors
-        ]
-        save_file({f"{place:04d}": tensor for place, tensor in enumerate(halves)}, path)
+        plain = [tensor.detach().cpu().contiguous().clone() for tensor in tensors]  # some may share memory
+        save_file({f"{place:04d}": tensor for place, tensor in enumerate(plain)}, path)
     mapped = load_file(path)
-    return [mapped[f"{place:04d}"] for place in range(len(halves))]
+    return [mapped[f"{place:04d}"] for place in range(len(tensors))]

@@ -7,14 +7,12 @@ behind.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import yaml
 
-from halftone.workflow.imports import closure, has_code
+from halftone.imports import closure, has_code, hash_of
 from halftone.workflow.paths import Rule
 
 SOURCE = "src/"
@@ -41,21 +39,13 @@ def files(root: Path, rule: Rule) -> list[Path]:
 
 def code_hash(root: Path, rule: Rule) -> str:
     """Changes exactly when DVC would see a changed source file."""
-    return _hash(root, files(root, rule))
+    return hash_of(root, [file.relative_to(root).as_posix() for file in files(root, rule)])
 
 
 @cache
 def verb_hash(root: Path, verb: str) -> str:
     """The same of the files that a verb imports, for rules that DVC does not know."""
-    imported = sorted(closure(root / SOURCE, f"{PACKAGE}/cli/{verb}.py"))
-    return _hash(root, [root / SOURCE / name for name in imported])
-
-
-def _hash(root: Path, sources: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in sources:
-        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    return hash_of(root, [SOURCE + name for name in closure(root / SOURCE, f"{PACKAGE}/cli/{verb}.py")])
 
 
 def needed(root: Path, rule: Rule) -> list[str]:

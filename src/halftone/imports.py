@@ -1,10 +1,14 @@
-"""Which of our source files a verb depends on: what its module imports, and so on, also inside functions."""
+"""Which of our source files a module depends on: what it imports, and so on, also inside functions."""
 
 from __future__ import annotations
 
 import ast
+import hashlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+
+SOURCE = Path(__file__).parents[1]
 
 # these cannot change what a job writes: messages, MLflow, and the reading of options, which are recorded
 HARMLESS = {
@@ -28,6 +32,20 @@ def closure(source: Path, start: str) -> set[str]:
             found.add(name)
             waiting += sorted(_imported(source, name) - found)
     return {name for name in found - HARMLESS if has_code(source / name)}
+
+
+@cache
+def code_hash(start: str) -> str:
+    """Changes with the code of the running package's file `start` and of all that it imports."""
+    return hash_of(SOURCE, closure(SOURCE, start))
+
+
+def hash_of(folder: Path, names: Iterable[str]) -> str:
+    """Of files, named from a folder, and their contents."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}\0".encode() + (folder / name).read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 @cache
