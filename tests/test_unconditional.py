@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    LDMPipeline,
+    StableVideoDiffusionPipeline,
+    UNet2DModel,
+    VQModel,
+)
 from PIL import Image
 
 import halftone
@@ -84,6 +92,19 @@ def test_figures_without_text_are_there_and_those_with_are_empty(results: Path) 
     known = read_json(results / "metrics/q.json")
     assert list(known["differences"]) == ["kid_excess"]
     assert known["clip"] is None
+
+
+def test_its_images_are_compared_without_prompts(
+    results: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    full, row = (str(results / f"sample/{name}/0-of-1.zip") for name in ("fp", "q"))
+    assert main(["compare", row, full, "--full", full]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 5 images identical" in said
+    assert "lpips" in said
+    (tmp_path / "prompts.txt").write_text("a red star\n")
+    assert main(["compare", row, full, "--full", full, "--prompts", str(tmp_path / "prompts.txt")]) == 2
+    assert "sampled without prompts" in capsys.readouterr().err
 
 
 def test_the_page_speaks_of_images_not_of_prompts(results: Path) -> None:
@@ -166,8 +187,40 @@ def test_prompts_given_to_metrics_are_refused(results: Path, tmp_path: Path) -> 
 
 
 def test_a_pipeline_that_needs_more_is_refused() -> None:
-    with pytest.raises(UserError, match="cannot be run without class_labels"):
-        check_call(DiTPipeline.__new__(DiTPipeline), None)
+    with pytest.raises(UserError, match="cannot be run without image"):
+        check_call(StableVideoDiffusionPipeline.__new__(StableVideoDiffusionPipeline), None)
+
+
+@pytest.mark.parametrize("verb", ["plan", "quantize"])
+def test_classes_that_a_pipeline_does_not_hand_on_are_refused(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    widths: dict[str, Any] = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    denoiser = UNet2DModel(8, **widths, **blocks, num_class_embeds=10)
+    DDPMPipeline(denoiser, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    words = [verb, str(tmp_path / "model"), "--recipe", "minmax", "--bits", "w8a8"]
+    assert main([*words, "-o", str(tmp_path / "out")]) == 2
+    assert "DDPMPipeline cannot be run without class_labels" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_latent_diffusion_without_text_goes_the_same_way(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    widths: dict[str, Any] = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    coder = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    vqvae = VQModel(3, 3, **widths, **coder, num_vq_embeddings=16)
+    unet = UNet2DModel(8, 3, 3, **widths, **blocks)
+    LDMPipeline(vqvae, unet, DDIMScheduler()).save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "model"), "--steps", "2", "--n-prompts", "2", "--budget", "smoke"]
+    words += ["--recipe", "tcaq", "--bits", "w6a6b8", "--axes", '{"rounds": 2}', "-o", str(tmp_path / "q")]
+    assert main(["quantize", *words, "--resolution", "8"]) == 2  # that of the latents
+    assert main(["quantize", *words, "--resolution", "16"]) == 0
+    row = ["sample", str(tmp_path / "q"), "--n-images", "1", "-o", str(tmp_path / "q.zip")]
+    assert main(row) == 0
+    index = read_shard(tmp_path / "q.zip").index
+    assert (index.height, index.width) == (16, 16)
 
 
 def test_guidance_belongs_to_text(tiny_pipeline: Any) -> None:

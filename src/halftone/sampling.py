@@ -39,8 +39,8 @@ from halftone.runtime.integer import execution_of
 from halftone.settings import PromptSet
 from halftone.shards import Pixels, SeedSet, ShardIndex, read_shard, slice_of, write_shard
 from halftone.source import load_source
-from halftone.trajectory import run_arguments
-from halftone.unconditional import check_text, first_id, guidance_of, numbered, takes_text
+from halftone.trajectory import own_noise, run_arguments
+from halftone.unconditional import check_text, first_id, guidance_of, numbered, takes_classes, takes_text
 
 __all__ = ["SeedSet", "Subject", "lanes", "load_subject", "read_shard", "sample", "sample_shard"]
 
@@ -108,7 +108,7 @@ def load_subject(
         raise UserError(f"{path}: a full-precision model needs --steps and --guidance")
     source = load_source(path, revision)
     guidance = guidance_of(source.pipeline, guidance, default=None)
-    if guidance is None and takes_text(source.pipeline):
+    if guidance is None and (takes_text(source.pipeline) or takes_classes(source.pipeline)):
         raise UserError(f"{path}: a full-precision model needs --steps and --guidance")
     source.pipeline.to(device)
     label = source.path if source.revision is None else f"{source.path}@{source.revision}"
@@ -171,7 +171,7 @@ def sample(
         watched: contextlib.AbstractContextManager[list[Latents]] = contextlib.nullcontext([])
         if latents is not None:
             watched = _steps(pipeline)
-        with torch.inference_mode(), _finite(pipeline, where), watched as seen:
+        with torch.inference_mode(), own_noise(pipeline), _finite(pipeline, where), watched as seen:
             images = np.asarray(pipeline(**arguments, output_type="np").images)
         if latents is not None:
             latents += list(np.stack(seen, axis=1)[: len(wanted)])

@@ -20,7 +20,7 @@ from halftone.errors import UserError
 from halftone.quantizers.bits import Bits
 from halftone.recipes import FULL_PRECISION, resolve
 
-GUIDANCE = 7.5
+GUIDANCE, CLASS_GUIDANCE = 7.5, 4.0
 RENDERS = "scenes"  # real images that are rendered as they are needed
 
 
@@ -80,34 +80,52 @@ class Model(_Section):
     path: str = Field(description="diffusers folder, hub id, or single .safetensors file")
     revision: str | None = Field(None, description="hub revision; needed for a hub id")
     steps: int = Field(25, ge=1, le=1000, description="inference steps of the sampler")
-    guidance: float = Field(GUIDANCE, ge=0, le=50, description="classifier-free guidance scale")
+    guidance: float = Field(
+        GUIDANCE,
+        ge=0,
+        le=50,
+        description=f"classifier-free guidance scale; {CLASS_GUIDANCE:g} by default if class_conditional",
+    )
     resolution: int = Field(64, ge=8, le=4096, multiple_of=8, description="image height and width, in pixels")
     unconditional: bool = Field(
         False, description="draws without a prompt: its images are numbered, and guidance does not apply"
     )
+    class_conditional: bool = Field(
+        False,
+        description="draws what a class label says: its images are numbered, and have classes at random",
+    )
     real_images: str | None = Field(
         None,
         description="what fid_to_real compares with: a folder or zip of images, or `scenes`: renders at "
-        "32x32, for an unconditional model (captions of scenes have their renders anyway)",
+        "32x32, for a model without text (captions of scenes have their renders anyway)",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
+        if self.unconditional and self.class_conditional:
+            raise ValueError("unconditional and class_conditional exclude each other; remove one")
         if self.unconditional and "guidance" in self.model_fields_set:
             raise ValueError("guidance does not apply to an unconditional model; remove it")
-        if self.real_images == RENDERS and not self.unconditional:
+        if self.real_images == RENDERS and not self.unprompted:
             raise ValueError("captions of scenes have their renders anyway; remove real_images")
         return self
 
     @property
     def guidance_scale(self) -> float | None:
         """None for an unconditional model."""
+        if self.class_conditional and "guidance" not in self.model_fields_set:
+            return CLASS_GUIDANCE
         return None if self.unconditional else self.guidance
+
+    @property
+    def unprompted(self) -> bool:
+        """Whether it draws without a prompt."""
+        return self.unconditional or self.class_conditional
 
 
 class Tier(_Section):
     prompts: PromptSet = Field(
-        description="prompt set that images are sampled for; of an unconditional model, the set of noise"
+        description="prompt set that images are sampled for; of a model without text, the set of noise"
     )
     n_images: int = Field(ge=1, le=100_000, description="images per row and seed set")
     paired: bool = Field(
@@ -205,7 +223,7 @@ class Settings(_Section):
     tier: str = Field(description="which rows the default target builds")
     models: dict[str, Model] = Field(min_length=1)
     prompts: dict[PromptSet, str] = Field(
-        default_factory=dict, description="prompt files; none for unconditional models"
+        default_factory=dict, description="prompt files; none for models without text"
     )
     prompt_sources: dict[str, PromptSource] = Field(
         default_factory=dict,
@@ -244,19 +262,17 @@ class Settings(_Section):
 
     def _check_prompts(self) -> None:
         """Every prompt set that a model with text is to draw must have its file."""
-        if PromptSet.CALIBRATION not in self.prompts and not all(
-            m.unconditional for m in self.models.values()
-        ):
+        if PromptSet.CALIBRATION not in self.prompts and not all(m.unprompted for m in self.models.values()):
             raise ValueError("prompts.calibration is missing: name the file of calibration prompts")
-        unprompted = {s.tier for s in self.scenarios.values() if self.models[s.model].unconditional}
-        prompted = {s.tier for s in self.scenarios.values() if not self.models[s.model].unconditional}
+        unprompted = {s.tier for s in self.scenarios.values() if self.models[s.model].unprompted}
+        prompted = {s.tier for s in self.scenarios.values() if not self.models[s.model].unprompted}
         for name, tier in self.tiers.items():
             if tier.prompts not in self.prompts and name not in unprompted - prompted:
                 raise ValueError(f"tiers.{name}.prompts: prompts.{tier.prompts} names no file")
 
     def prompt_file(self, model: str, prompts: PromptSet) -> str | None:
-        """The file of a prompt set; None for an unconditional model."""
-        return None if self.models[model].unconditional else self.prompts[prompts]
+        """The file of a prompt set; None for a model without text."""
+        return None if self.models[model].unprompted else self.prompts[prompts]
 
     def rows(self, tier: str | None = None) -> list[str]:
         """Scenario ids of a tier (the selected one by default), in the order of the file."""

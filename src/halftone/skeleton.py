@@ -35,6 +35,7 @@ from halftone.errors import UserError
 from halftone.prompts import token_limit
 from halftone.source import load_source
 from halftone.start_token import tokenizers_of
+from halftone.unconditional import check_kind
 
 _CLIP_TOKENS = 77
 
@@ -63,12 +64,16 @@ class Skeleton:
 
 
 def skeleton_of(pipeline: Any, resolution: int | None = None) -> Skeleton:
-    """The skeleton of a pipeline that is loaded already; its weights stay where they are."""
+    """The skeleton of a pipeline that is loaded already; its weights stay where they are.
+
+    Raises UserError for a kind that is not supported.
+    """
     vae = getattr(pipeline, "vae", None)
     tokenizer = getattr(pipeline, "tokenizer", None)
     tokens = token_limit(pipeline, tokenizer) if tokenizer is not None else None
     size = _latent_size({} if vae is None else vae.config, resolution)
     denoiser = denoiser_of(pipeline)
+    check_kind(type(pipeline), getattr(denoiser, "config", {}))
     return Skeleton(
         denoiser,
         pipeline.scheduler,
@@ -90,6 +95,7 @@ def read_skeleton(path: str, revision: str | None = None, resolution: int | None
     if folder is None:
         return skeleton_of(load_source(path, revision).pipeline, resolution)
     index = read_index(folder)
+    check_kind(index.pipeline_class, config_of(folder, index.denoiser.name))
     denoiser = _on_meta(folder, index)
     size = _latent_size(config_of(folder, "vae") if (folder / "vae").is_dir() else {}, resolution)
     width = _stored_bits(folder, index)

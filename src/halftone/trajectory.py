@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +23,13 @@ from halftone.errors import UserError
 from halftone.files import writing
 from halftone.progress import Progress
 from halftone.provenance import Provenance
-from halftone.unconditional import check_call
+from halftone.unconditional import LABELS, check_call, classes_of, takes_classes
 
 Tensors = dict[str, Tensor]
 
 
 class Half(IntEnum):
-    """The two halves of a batch under classifier-free guidance, in diffusers' order."""
+    """The two halves of a batch under classifier-free guidance, in the order of most pipelines."""
 
     UNCONDITIONAL = 0
     CONDITIONAL = 1
@@ -50,7 +51,8 @@ class Trajectory:
     timesteps: (N,), of the scheduler's own dtype. noise_levels: (N,) float32, sigma/alpha. conditions:
     inputs of one row per prompt, (P, ...): `encoder_hidden_states`, `added_cond_kwargs/text_embeds`.
     unconditions: the same inputs of the unconditional half, (1, ...); empty without guidance. common: inputs
-    that do not grow with the batch. input_name: the denoiser's name for the latents.
+    that do not grow with the batch. input_name: the denoiser's name for the latents. conditional_first: the
+    pipeline puts the conditional half of a batch before the other, as DiT's does.
     """
 
     latents: Tensor
@@ -61,6 +63,7 @@ class Trajectory:
     common: Tensors = field(default_factory=dict)
     guided: bool = False
     input_name: str = "sample"
+    conditional_first: bool = False
 
     @property
     def n_calls(self) -> int:
@@ -73,7 +76,9 @@ class Trajectory:
     @property
     def halves(self) -> tuple[Half, ...]:
         """The halves a batch has, in order."""
-        return tuple(Half) if self.guided else (Half.CONDITIONAL,)
+        if not self.guided:
+            return (Half.CONDITIONAL,)
+        return tuple(reversed(Half)) if self.conditional_first else tuple(Half)
 
     def save(self, path: Path | str, provenance: Provenance) -> None:
         """One safetensors file; its bytes depend on the values alone."""
@@ -84,6 +89,8 @@ class Trajectory:
         tensors[f"latents/{self.input_name}"] = self.latents
         tensors |= {"timesteps": self.timesteps, "noise_levels": self.noise_levels}
         tensors["guided"] = torch.tensor(int(self.guided))
+        if self.conditional_first:
+            tensors["conditional_first"] = torch.tensor(1)
         with writing(path) as temporary:
             save_file(
                 {k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=provenance.to_metadata()
@@ -110,6 +117,7 @@ class Trajectory:
                 groups["common"],
                 bool(alone["guided"]),
                 input_name,
+                "conditional_first" in alone,
             ), provenance
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run the step calibration-data") from None
@@ -131,6 +139,19 @@ def noise(prompt_id: int, seed: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=generator(prompt_id, seed))
 
 
+@contextlib.contextmanager
+def own_noise(pipeline: Any) -> Iterator[None]:
+    """A run of a pipeline. A class-conditional one hands no generator to its scheduler: raises UserError
+    where that draws noise then, on which no image's seed has a say."""
+    before = torch.random.get_rng_state()
+    yield
+    if takes_classes(pipeline) and not torch.equal(before, torch.random.get_rng_state()):
+        raise UserError(
+            f"{type(pipeline).__name__} draws noise that no seed decides, by its "
+            f"{type(pipeline.scheduler).__name__}; give the model a deterministic scheduler, such as DDIM"
+        )
+
+
 def run_arguments(
     pipeline: Any,
     ids: Sequence[int],
@@ -145,8 +166,8 @@ def run_arguments(
 
     Every image has its generator, for the initial noise and for what a stochastic scheduler draws later.
     Latents of a conditional U-Net are drawn here in float32, so that a half-precision run starts from the
-    same noise. A pipeline that takes no prompt is given how many images to make. Raises UserError where it
-    needs more than this, or cannot draw at the resolution.
+    same noise. A pipeline that takes no prompt is given how many images to make, or their classes. Raises
+    UserError where it needs more than this, or cannot draw at the resolution.
     """
     check_call(pipeline, resolution)
     takes = inspect.signature(type(pipeline).__call__).parameters
@@ -157,6 +178,8 @@ def run_arguments(
         "guidance_scale": guidance,
     }
     given |= {"prompt": list(prompts)} if "prompt" in takes else {"batch_size": len(ids)}
+    if takes_classes(pipeline):
+        given[LABELS] = classes_of(pipeline, ids)
     if resolution is not None:
         given |= {"height": resolution, "width": resolution}
     denoiser: Any = denoiser_of(pipeline)
@@ -199,7 +222,7 @@ def record(
             arguments = run_arguments(
                 pipeline, ids, batch, steps=steps, guidance=guidance, resolution=resolution, seed=seed
             )
-            with torch.no_grad():
+            with torch.no_grad(), own_noise(pipeline):
                 pipeline(**arguments, **output)
     finally:
         hook.remove()
@@ -221,6 +244,7 @@ class _Recorder:
         self.others: list[Tensors] = []  # by batch
         self.rows = 0
         self.guided = False
+        self.conditional_first = takes_classes(pipeline)
         self.progress: Progress | None = None
 
     def start(self, rows: int) -> None:
@@ -278,19 +302,18 @@ class _Recorder:
         per_row = [dict(self._rows(k)) for k in range(len(self.others))]
         conditions = {name: torch.cat([rows[name][-1] for rows in per_row]) for name in per_row[0]}
         unconditions = {name: per_row[0][name][0][:1].clone() for name in per_row[0]} if self.guided else {}
+        guidance = self.guided, self.input_name, self.guided and self.conditional_first
         common = {name: value for name, value in self.others[0].items() if name not in conditions}
         latents = torch.stack([torch.cat(call) for call in zip(*self.latents, strict=True)])
         levels = torch.tensor(self.noise_levels, dtype=torch.float32)
-        return Trajectory(
-            latents, first, levels, conditions, unconditions, common, self.guided, self.input_name
-        )
+        return Trajectory(latents, first, levels, conditions, unconditions, common, *guidance)
 
     def _rows(self, batch: int) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-        """Inputs with a row per row of the batch, split into halves."""
+        """Inputs with a row per row of the batch, split into halves, the unconditional one first."""
         rows = self.latents[batch][0].shape[0]
         for name, value in self.others[batch].items():
             if value.ndim and value.shape[0] == rows * (1 + self.guided):
-                halves = value.split(rows)
+                halves = value.split(rows)[:: -1 if self.conditional_first else 1]
                 if self.guided and not torch.allclose(
                     halves[0], halves[0][:1].expand_as(halves[0]), atol=1e-3
                 ):
@@ -352,8 +375,7 @@ def denoiser_inputs(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of one denoiser forward as the sampler makes it: all `prompts` (default: every one)
-    at `call`,
-    under guidance the unconditional half first."""
+    at `call`, under guidance both halves in the pipeline's order."""
     chosen = range(trajectory.n_prompts) if prompts is None else prompts
     samples = [Sample(call, prompt, half) for half in trajectory.halves for prompt in chosen]
     return sample_inputs(trajectory, samples, device=device, dtype=dtype)

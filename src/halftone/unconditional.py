@@ -1,21 +1,24 @@
 """Models without text: what they are asked for instead of prompts.
 
-Their images are numbered, and nothing but its noise tells one from another. Noise depends on an image's id
-and on the seed, so every set of images has ids of its own: what settings are chosen on (validation) starts
-from other noise than what is published (test), and both from other noise than calibration, whatever the
-seeds are.
+Their images are numbered, and nothing but its noise, and the class that a class-conditional model is told,
+tells one from another. Noise depends on an image's id and on the seed, its class on its id, so every set of
+images has ids of its own: what settings are chosen on (validation) starts from other noise than what is
+published (test), and both from other noise than calibration, whatever the seeds are.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from halftone.errors import UserError
 from halftone.prompts import prompts_sha256
-from halftone.settings import GUIDANCE, PromptSet
+from halftone.settings import CLASS_GUIDANCE, GUIDANCE, PromptSet
 
+LABELS = "class_labels"
 # a set holds at most 100,000 images (settings.Tier), so no two of them meet
 _FIRST_ID = {
     PromptSet.CALIBRATION: 0,
@@ -46,6 +49,23 @@ def takes_text(pipeline: Any) -> bool:
     return "prompt" in _takes(pipeline)
 
 
+def takes_classes(pipeline: Any) -> bool:
+    """Whether a diffusers pipeline draws the class that a label says."""
+    label = _takes(pipeline).get(LABELS)
+    return label is not None and label.default is label.empty
+
+
+def classes_of(pipeline: Any, ids: Sequence[int]) -> list[int]:
+    """The labels of images: drawn by their ids, each class as likely as another. Raises UserError where the
+    denoiser does not say how many there are."""
+    config = _denoiser(pipeline).config
+    count = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+    if not isinstance(count, int):
+        raise UserError(f"{type(pipeline).__name__}: its denoiser does not say how many classes it knows")
+    drawn = (hashlib.sha256(f"halftone class {k}".encode()).digest() for k in ids)
+    return [int.from_bytes(one[:8], "little") % count for one in drawn]
+
+
 def check_text(pipeline: Any, prompted: bool) -> None:
     """Raises UserError for prompts given to a model without text, and for none given to one with."""
     kind = type(pipeline).__name__
@@ -59,42 +79,66 @@ def check_text(pipeline: Any, prompted: bool) -> None:
         )
 
 
-def check_call(pipeline: Any, resolution: int | None) -> None:
-    """Raises UserError where the pipeline needs more than prompts, or takes no resolution and is to draw at
-    another than its own."""
-    takes = _takes(pipeline)
-    kind, given = type(pipeline).__name__, {"self", "prompt"}
+def check_kind(kind: type, denoiser: Mapping[str, Any]) -> None:
+    """Raises UserError where a pipeline of this class, with a denoiser of this configuration, needs more than
+    prompts, classes or a number of images."""
+    given = {"self", "prompt", LABELS}
     needs = [
         name
-        for name, parameter in takes.items()
+        for name, parameter in _parameters(kind).items()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         and name not in given
     ]
+    if denoiser.get("num_class_embeds") and LABELS not in _parameters(kind):
+        needs = [f"{LABELS}, which its denoiser needs and it does not hand on"]
     if needs:
         raise UserError(
-            f"{kind} cannot be run without {', '.join(needs)}; this kind of model is not supported"
+            f"{kind.__name__} cannot be run without {', '.join(needs)}; this kind of model is not supported"
         )
+
+
+def check_call(pipeline: Any, resolution: int | None) -> None:
+    """Raises UserError as `check_kind`, and where the pipeline takes no resolution and is to draw at another
+    than its own."""
+    check_kind(type(pipeline), getattr(_denoiser(pipeline), "config", {}))
     side = _own_side(pipeline)
-    if resolution is not None and "height" not in takes and side not in (None, resolution):
+    if resolution is not None and "height" not in _takes(pipeline) and side not in (None, resolution):
+        kind = type(pipeline).__name__
         raise UserError(f"{kind} draws at {side}x{side} only, not at resolution {resolution}; leave it out")
 
 
 def guidance_of(pipeline: Any, given: float | None, default: float | None = GUIDANCE) -> float | None:
-    """The guidance scale: None for a model without text. Raises UserError where one was given to such."""
+    """The guidance scale: None for a model without text and classes. Raises UserError where one was given to
+    such."""
     if takes_text(pipeline):
         return default if given is None else given
+    if takes_classes(pipeline):
+        return (CLASS_GUIDANCE if default == GUIDANCE else default) if given is None else given
     if given is not None:
-        raise UserError(f"{type(pipeline).__name__} takes no prompt, so guidance means nothing: leave it out")
+        raise UserError(
+            f"{type(pipeline).__name__} takes neither prompt nor class, so guidance means nothing: leave it "
+            "out"
+        )
     return None
 
 
 def _takes(pipeline: Any) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(type(pipeline).__call__).parameters)
+    return _parameters(type(pipeline))
+
+
+def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(kind.__call__).parameters)
+
+
+def _denoiser(pipeline: Any) -> Any:
+    return getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
 
 
 def _own_side(pipeline: Any) -> int | None:
-    """Pixels along a side of what a pixel-space model draws; None where there are latents."""
-    denoiser = getattr(pipeline, "unet", None)
-    side = getattr(getattr(denoiser, "config", None), "sample_size", None)
-    return side if isinstance(side, int) and not hasattr(pipeline, "vae") else None
+    """Pixels along a side of what a model without a choice of sizes draws; None where that is not known."""
+    side = getattr(getattr(_denoiser(pipeline), "config", None), "sample_size", None)
+    decoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if isinstance(side, int) and decoder is not None:
+        side *= 2 ** (len(decoder.config.block_out_channels) - 1)
+    return side if isinstance(side, int) else None

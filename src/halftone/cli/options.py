@@ -16,6 +16,7 @@ from halftone.prompts import read_prompts
 from halftone.quantizers.bits import HIGHEST, LOWEST, Bits
 from halftone.recipes import PRESETS, resolve
 from halftone.settings import (
+    CLASS_GUIDANCE,
     GUIDANCE,
     Budget,
     Calibration,
@@ -73,7 +74,8 @@ Guidance = Annotated[
     typer.Option(
         min=0,
         max=50,
-        help=f"Classifier-free guidance scale. (Default: {GUIDANCE}; a model without text has none.)",
+        help=f"Classifier-free guidance scale. (Default: {GUIDANCE}, {CLASS_GUIDANCE} with classes; an "
+        "unconditional model has none.)",
         show_default=False,
     ),
 ]
@@ -219,7 +221,8 @@ def _axis_fault(fault: ValueError) -> str:
     name = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"--axes: {name}: no such axis; choose from {', '.join(Axes.model_fields)}"
-    return f"--axes: {name}: {first['msg']}"
+    said = first["msg"].removeprefix("Value error, ")  # of axes that do not go together: names them itself
+    return f"--axes: {name}: {said}" if name else f"--axes: {said}"
 
 
 def kernels(kernels: dict[str, int], fallbacks: dict[str, list[str]]) -> list[str]:

@@ -103,7 +103,13 @@ def roll(
             ]
             sampler.answer(given)
             outputs.append(given)
-            latents.append(torch.cat([after.cpu() for after in sampler.after]))
+            # some pipelines step both halves of guidance, which stay alike
+            pairs_after = zip(runs, sampler.after, strict=True)
+            latents.append(torch.cat([after[: len(ids)].cpu() for (ids, _), after in pairs_after]))
+        if calls is None and sampler.latents:
+            raise UserError(
+                f"the sampler goes on after the {wanted} recorded calls; run calibration-data again"
+            )
         results = sampler.results if calls is None else []
     return Rollout(torch.stack(latents), outputs, results)
 

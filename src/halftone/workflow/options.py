@@ -91,7 +91,7 @@ def _sample(settings: Settings, key: str) -> list[str]:
     source = [paths.ARTEFACT.format(scenario=key)] if row.quantized else [*_source(model), *_sampler(model)]
     tier = settings.tiers[row.tier]
     seeds = {"seed_a": how.seed_a} if tier.paired else {"seed_a": how.seed_a, "seed_b": how.seed_b}
-    image_set = tier.prompts if model.unconditional else None
+    image_set = tier.prompts if model.unprompted else None
     flags = _flags(n_images=tier.n_images, image_set=image_set, **seeds, name=key)
     if row.execution is RowExecution.INTEGER:
         flags += _flags(execution=row.execution)
