@@ -28,6 +28,7 @@ from halftone.source import load_source
 from halftone.steps.calibrate import calibrate
 from halftone.steps.choice import choose
 from halftone.steps.record import record
+from halftone.steps.reparameterize import reparameterize
 
 PROMPTS = ["a small red star on a plain grey background", "a large blue ring on a plain grey background"]
 HOW: dict[str, Any] = {"steps": 3, "guidance": 3.0, "resolution": 16, "budget": "smoke", "batch_size": 2}
@@ -187,6 +188,24 @@ def test_the_plot_holds_the_names_of_its_layers() -> None:
     assert taken.y1 <= height
 
 
+def test_a_model_in_half_precision_may_differ_by_its_own_rounding(model: Path) -> None:
+    source = load_source(model)
+    trajectory, known = record(source, 2, steps=2, guidance=None, resolution=None)
+    source.pipeline.to(torch.bfloat16)
+    found = reparameterize(source, trajectory, known, choose("static", "w4a8", ALL), batch_size=2)
+    assert 1e-4 < found.difference < 0.05  # bfloat16 has eight bits
+
+
+def test_another_scheduler_than_was_recorded_is_refused(model: Path) -> None:
+    source = load_source(model)
+    trajectory, known = record(source, 2, steps=2, guidance=None, resolution=None)
+    source.pipeline.scheduler = type(source.pipeline.scheduler).from_config(
+        source.pipeline.scheduler.config, timestep_spacing="leading"
+    )
+    with pytest.raises(UserError, match="timestep_spacing differs"):
+        reparameterize(source, trajectory, known, choose("static", "w4a8", TCR))
+
+
 def test_imbalance_is_the_largest_over_the_median_and_over_the_smallest() -> None:
     found = balance(torch.tensor([[1.0, 2.0, 8.0], [4.0, 4.0, 4.0]]))
     assert (found.channels, found.calls) == (1.0, 2.0)  # the median of 4 and 1, as torch has it
@@ -240,6 +259,14 @@ def test_damaged_factors_are_refused(
     write_manifest(folder)
     with pytest.raises(UserError, match=message):
         load(folder)
+
+
+def test_what_is_switched_off_takes_its_settings_along() -> None:
+    off = {"reparameterization": "none", "rounding": "nearest"}
+    found = resolve("tcaq", off)
+    assert (found.reparameterization_floor, found.rounds) == (0, 1)
+    with pytest.raises(ValueError, match="reparameterization: tcr"):
+        resolve("tcaq", {**off, "reparameterization_floor": 0.1})
 
 
 @pytest.mark.parametrize(

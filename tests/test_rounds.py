@@ -12,9 +12,11 @@ import torch
 import halftone
 from halftone.artefact import verify
 from halftone.denoiser import denoiser_of, sites
+from halftone.errors import UserError
 from halftone.passes import reconstruct as reconstruct_pass
 from halftone.passes.reconstruct import Round
 from halftone.passes.reconstructed import Reconstructed, load
+from halftone.passes.rollout import roll, runs_of
 from halftone.passes.schedule import SCHEDULES, later
 from halftone.passes.weights import quantize_weights
 from halftone.plan import Plan
@@ -170,6 +172,26 @@ def test_data_of_a_model_that_loses_nothing_are_those_it_was_given(
     found = aligned(recorded, chosen("w3a3", rounds=2), tmp_path / "narrow")
     assert torch.equal(found.latents[0], recorded[1].latents[0]), "the noise is the same"
     assert not close(found, recorded[1])
+
+
+def test_data_are_made_again_for_other_activations(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = {"weight_range": "minmax", "rounds": 2, "calibration_inputs": "reference", "relaxing": "none"}
+    made: list[object] = []
+    original = step.aligned_trajectory
+    monkeypatch.setattr(step, "aligned_trajectory", lambda *given: (made.append(given), original(*given))[1])
+    for protocol in ("equal", "equal", "paper"):  # these quantize other activations, and the same weights
+        run(recorded, choose("pcr", "w4a6", axes, protocol), tmp_path)
+    assert len(made) == 2
+
+
+def test_a_sampler_that_makes_more_calls_than_were_recorded_is_refused(recorded: Recorded) -> None:
+    source, whole, known = recorded
+    cut = replace(whole, latents=whole.latents[:2], timesteps=whole.timesteps[:2])
+    runs = runs_of(source.pipeline, cut, known, 3)
+    with pytest.raises(UserError, match="goes on after the 2 recorded calls"):
+        roll(source.pipeline, cut, runs, lambda call, batch, given: given["sample"])
 
 
 def test_soft_choices_are_gone_on_from() -> None:

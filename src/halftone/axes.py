@@ -4,7 +4,7 @@ is checked here, once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -222,7 +222,10 @@ class Axes(BaseModel):
                 raise ValueError(f"{further[0]}: write probabilities: adaptive with it")
             return
         if self.time_axis is not TimeAxis.PER_CALL:
-            raise ValueError(f"probabilities adaptive: chosen call by call, time_axis is {self.time_axis}")
+            raise ValueError(
+                f"probabilities adaptive: chosen call by call, time_axis is {self.time_axis}; write "
+                "probabilities: uniform or log2"
+            )
         if self.adaptive_groups and self.calibration_inputs is CalibrationInputs.PROGRESSIVE:
             raise ValueError(
                 "adaptive_groups: progressive calibration has to choose at every call; leave them out"
@@ -292,6 +295,27 @@ class Axes(BaseModel):
         }
 
 
+class Off(NamedTuple):
+    """The value that switches something off, and the axes that then mean nothing."""
+
+    value: str
+    of_it: tuple[str, ...]
+
+
+SWITCHES = {
+    "reparameterization": Off(
+        Reparameterization.NONE,
+        (
+            "reparameterization_layers",
+            "reparameterization_groups",
+            "reparameterization_limit",
+            "reparameterization_floor",
+            "smooth_exponent",
+        ),
+    ),
+    "rounding": Off(Rounding.NEAREST, ("rounds", "later_iterations", "later_beta", "temporal_block")),
+    "probabilities_scale": Off(ProbabilitiesScale.STATIC, ("probabilities_scope",)),
+}
 _ADAPTIVE = ("adaptive_selector", "adaptive_alternative", "adaptive_xmin", "adaptive_groups")
 _ATTENTION = ("probabilities", "start_token", "probabilities_scale", "probabilities_scope", *_ADAPTIVE)
 _UNSAID = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from halftone.axes import Axes
+from halftone.axes import SWITCHES, Axes
 from halftone.policies import (
     CalibrationCalls,
     CalibrationInputs,
@@ -95,12 +95,19 @@ PRESETS: dict[str, Axes] = {
 
 
 def resolve(recipe: str, overrides: dict[str, Any] | None = None) -> Axes:
-    """The axes of a preset with `overrides` applied.
+    """The axes of a preset with `overrides` applied. Where these switch something off, what the preset says
+    of it goes too.
 
     Raises ValueError (pydantic's ValidationError is one) for an unknown preset, axis or value.
     """
+    if recipe == FULL_PRECISION:
+        raise ValueError(f"recipe {recipe} quantizes nothing: choose one of {', '.join(PRESETS)}")
     if recipe not in PRESETS:
         raise ValueError(
             f"recipe {recipe!r} is unknown: choose one of {', '.join([FULL_PRECISION, *PRESETS])}"
         )
-    return Axes.model_validate({**PRESETS[recipe].model_dump(), **(overrides or {})})
+    overrides = overrides or {}
+    switched = [off for switch, off in SWITCHES.items() if overrides.get(switch) == off.value]
+    left = [name for off in switched for name in off.of_it]
+    preset = {name: value for name, value in PRESETS[recipe].model_dump().items() if name not in left}
+    return Axes.model_validate({**preset, **overrides})

@@ -9,7 +9,7 @@ from typing import Any
 from halftone.axes import Axes
 from halftone.errors import UserError
 from halftone.policies import Reparameterization, Rounding
-from halftone.provenance import Provenance
+from halftone.provenance import Provenance, scheduler_facts
 from halftone.quantizers.bits import Bits
 from halftone.recipes import resolve as resolve_axes
 from halftone.settings import Protocol
@@ -42,13 +42,15 @@ class Choice:
 def choose(
     recipe: str,
     bits: str | Bits,
-    axes: Mapping[str, Any] | None = None,
+    axes: Axes | Mapping[str, Any] | None = None,
     protocol: Protocol | str = Protocol.EQUAL,
 ) -> Choice:
-    """A choice from its words. Raises UserError for an unknown recipe, axis, value or width."""
+    """A choice from its words. axes: what differs from the recipe's, or all of them, resolved. Raises
+    UserError for an unknown recipe, axis, value or width."""
     try:
         width = bits if isinstance(bits, Bits) else Bits.parse(bits)
-        return Choice(recipe, resolve_axes(recipe, dict(axes or {})), width, Protocol(protocol))
+        resolved = axes if isinstance(axes, Axes) else resolve_axes(recipe, dict(axes or {}))
+        return Choice(recipe, resolved, width, Protocol(protocol))
     except ValueError as fault:
         errors = getattr(fault, "errors", None)
         if errors is None:
@@ -58,9 +60,23 @@ def choose(
 
 
 def check_same_model(source: Source, known: Provenance) -> None:
-    """Raises UserError where a trajectory was recorded with other weights."""
+    """Raises UserError where a trajectory was recorded with other weights or with another scheduler."""
     if known.model_sha256 != source.weights_sha256:
         raise UserError(
             f"{source.path}: its weights are not those that the trajectory was recorded with; "
             "run the step calibration-data again"
         )
+    now = scheduler_facts(source.pipeline.scheduler)
+    if (name := _changed(known.scheduler, now)) is not None:
+        raise UserError(
+            f"{source.path}: its scheduler is not the one that the trajectory was recorded with ({name} "
+            "differs); run the step calibration-data again"
+        )
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What differs between two schedulers' facts; another version of diffusers may know further settings."""
+    if then["class"] != now["class"]:
+        return "its class"
+    both = sorted(then["config"].keys() & now["config"].keys())
+    return next((name for name in both if then["config"][name] != now["config"][name]), None)

@@ -112,13 +112,15 @@ class _Work:
 
     def _aligned(self, done: Round, data: Trajectory) -> tuple[Trajectory, int]:
         """What the model of a round gives its denoiser, and the denoiser calls that it took. The ranges of
-        activations are fitted to that round's data; scales are not learned for it."""
+        activations are fitted to that round's data, as for plain static calibration: for it scales are not
+        learned, calibration is not progressive, and no calls are relaxed where these are still to be measured
+        or parameters are shared over them."""
         axes, batch_size = self.choice.axes, self.how.batch_size
         runs = runs_of(self.source.pipeline.to(device.best()), data, self.known, batch_size)
         made = reference.denoiser_calls(data, axes, batch_size, self.known.seed) + data.n_calls * len(runs)
         path = self.checkpoint / f"data-{done.number + 1}.safetensors"
         facts = [done.mark, axes.model_dump(mode="json"), str(self.choice.bits), batch_size]
-        facts.append(self.known.model_dump(mode="json"))
+        facts += [[str(site) for site in self.sites], self.known.model_dump(mode="json")]
         mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         kept = checkpoints.load(path, mark)
         if kept is not None:

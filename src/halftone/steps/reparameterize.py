@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from halftone.steps.choice import Choice, check_same_model
 from halftone.steps.wrapped import wrapped
 from halftone.trajectory import Trajectory, denoiser_inputs
 
-CLOSE = 1e-4
-"""Of the largest output: as much may the denoiser change by rounding."""
+CLOSE, ROUNDINGS = 1e-4, 10
+"""Of the largest output: as much may the denoiser change by rounding in float32, and so many times the
+relative rounding of a type that is coarser."""
 
 
 def reparameterize(
@@ -44,11 +46,12 @@ def reparameterize(
     names = [name for one in shared for name in one.layers]
     maxima = channel_maxima(denoiser, names, trajectory, batch_size=batch_size)
     factors = factors_of(denoiser, shared, maxima, choice.axes)
-    difference = _difference(denoiser, found, choice, trajectory, factors)
-    if not difference <= CLOSE:
+    difference, dtype = _difference(denoiser, found, choice, trajectory, factors), denoiser.dtype
+    if not difference <= max(CLOSE, ROUNDINGS * torch.finfo(dtype).eps):
         raise UserError(
             f"reparameterized, this {type(denoiser).__name__} gives outputs that differ by {difference:.2g} "
-            "of the largest one; choose reparameterization none, or a lower reparameterization_limit"
+            f"of the largest one, which rounding in {dtype} does not explain; choose reparameterization "
+            "none, or a lower reparameterization_limit"
         )
     batches = -(-trajectory.n_prompts // batch_size)
     return Factors(
@@ -99,8 +102,24 @@ def _difference(
         denoiser_inputs(trajectory, call, prompts, device=first.device, dtype=first.dtype)
         for call in _checked(trajectory)
     ]
-    before = [denoiser(**one)[0] for one in rows]
-    with wrapped(denoiser, found, choice, CallContext(), 1, factors=factors):
-        after = [denoiser(**one)[0] for one in rows]
+    with _without_tf32():
+        before = [denoiser(**one)[0].float() for one in rows]
+        with wrapped(denoiser, found, choice, CallContext(), 1, factors=factors):
+            after = [denoiser(**one)[0].float() for one in rows]
     pairs = zip(before, after, strict=True)
-    return max(float((new - old).abs().max() / old.abs().max().clamp(min=1e-12)) for old, new in pairs)
+    changes = [(new - old).abs().max() / old.abs().max().clamp(min=1e-12) for old, new in pairs]
+    return float(torch.stack(changes).max())
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """A GPU may round operands of float32 products to ten bits, which is more than factors are to change."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
