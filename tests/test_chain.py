@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import torch
 
 import halftone
 from halftone.artefact import info
+from halftone.cli import main
 from halftone.errors import UserError
 from halftone.files import sha256
+from halftone.plan import Plan
+from halftone.recipes import resolve
 
 PROMPTS = ["a small red star on a plain grey background", "a large blue ring on a plain grey background"]
 HOW: dict[str, Any] = {"steps": 3, "guidance": 3.0, "resolution": 16, "budget": "smoke", "batch_size": 2}
@@ -42,6 +47,39 @@ def test_it_says_how_it_was_made(artefact: Path, tiny_model_folder: Path) -> Non
     known = facts["provenance"]
     assert (facts["recipe"], facts["weight_bits"], facts["act_bits"]) == ("static", 4, 8)
     assert (known["n_prompts"], known["steps"], known["model_path"]) == (2, 3, str(tiny_model_folder))
+
+
+def test_what_the_command_line_switches_off_stays_off(
+    artefact: Path, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    axes = {"reparameterization": "none", "probabilities": "uniform", "rounds": 1}
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = ["quantize", str(tiny_model_folder), "--recipe", "tcaq", "--bits", "w6a6"]
+    words += ["--prompts", str(tmp_path / "prompts.txt"), "--n-prompts", "2", "--axes", json.dumps(axes)]
+    words += ["--steps", "2", "--resolution", "16", "--budget", "smoke", "-o", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert Plan.load(tmp_path / "out/plan.json").axes == resolve("tcaq", axes)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^budget +smoke$", said, re.M)
+    departs = "reparameterization none, reparameterization_floor 0.0, rounds 1, probabilities uniform"
+    assert re.search(rf"^axes +{departs}$", said, re.M)
+    assert main(["compare", str(artefact), str(tmp_path / "out")]) == 0
+    differs = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("differs")]
+    assert {"recipe", "axes/activation_range", "provenance/steps"} <= set(differs)
+    assert not {"axes/rounds", "protocol", "provenance/seed"} & set(differs)
+
+
+@pytest.mark.parametrize(("place", "message"), [("taken", "is not an artefact"), ("taken/x", "cannot write")])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_spent(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, message: str
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    monkeypatch.setattr("halftone.chain.record", None)
+    with pytest.raises(UserError, match=message):
+        halftone.quantize(str(tiny_model_folder), "static", PROMPTS, tmp_path / place, **HOW)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_nothing_is_left_beside_it(artefact: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from halftone.analysis import group_plans, resolve
-from halftone.artefact.write import check_components, write
+from halftone.artefact.write import check_components, check_place, write
+from halftone.axes import Axes
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.passes.state import CalibrationState
@@ -43,7 +44,7 @@ def quantize(
     output: Path | str,
     *,
     bits: str | Bits = "w4a8",
-    axes: Mapping[str, Any] | None = None,
+    axes: Axes | Mapping[str, Any] | None = None,
     protocol: Protocol | str = Protocol.EQUAL,
     revision: str | None = None,
     n_prompts: int | None = None,
@@ -69,6 +70,7 @@ def quantize(
     choice, stored = choose(recipe, bits, axes, protocol), Components(components)
     texts = _first(prompts, n_prompts)
     output = Path(output)
+    check_place(output)
     source = load_source(model, revision) if isinstance(model, str | Path) else source_of(model)
     check_components(source, stored)
     skeleton = skeleton_of(source.pipeline, resolution)
@@ -119,7 +121,10 @@ def quantize(
         measured = sensitivity(source, trajectory, known, choice, **how_calibrated, work=work / "sensitivity")
         relaxed = measured.relaxed_calls
     state = calibrate(source, trajectory, known, choice, **how_calibrated, work=work, relaxed=relaxed)
-    state.save(work / "state.safetensors", choice.describe(known))
+    chosen = choice.describe(known)
+    if choice.learns_rounding:
+        chosen = chosen.model_copy(update={"budget": how.budget})
+    state.save(work / "state.safetensors", chosen)
     write(output, work / "state.safetensors", planned(state), source, stored, trajectory)
     shutil.rmtree(work)
     return output

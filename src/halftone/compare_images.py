@@ -13,8 +13,9 @@ from halftone.compare import Change
 from halftone.evaluate import alignment, paired
 from halftone.evaluate.features import FeatureNetwork, Images
 from halftone.evaluate.images import check_belong, read_images
+from halftone.evaluate.scenario import texts_of
 from halftone.evaluate.statistics import bootstrap
-from halftone.prompts import prompts_sha256, read_prompts
+from halftone.prompts import prompts_sha256
 
 RARE = 5
 """Percentile of the PSNR that is given beside its median."""
@@ -43,18 +44,19 @@ def compare_images(
     first: Path,
     second: Path,
     full: Path,
-    prompts: Path,
+    prompts: Path | None,
     network: FeatureNetwork,
     *,
     resamples: int = 1000,
     seed: int = 0,
 ) -> ImageParity:
-    """Compare the images of seed set A of two zips. full: those of full precision; network: for distances.
+    """Compare the images of seed set A of two zips. full: those of full precision; network: for distances;
+    prompts: None for a model without text.
 
     Raises UserError for images of other prompts, noise, model or schedule than full precision's.
     """
-    texts = read_prompts(prompts)
     base, base_index = read_images([full])
+    texts = texts_of(prompts, base_index)
     sets = []
     for path in (first, second):
         images, index = read_images([path])

@@ -17,7 +17,7 @@ import halftone
 from halftone.axes import Axes
 from halftone.errors import UserError
 from halftone.prompts import prompts_sha256
-from halftone.settings import Protocol
+from halftone.settings import Budget, Protocol
 
 KEY = "halftone"  # the one metadata key: safetensors writes several in random order
 
@@ -47,6 +47,7 @@ class Provenance(BaseModel):
     axes: Axes | None = None
     bits: str | None = None
     protocol: Protocol | None = None
+    budget: Budget | None = Field(None, description="of block reconstruction, where weights were learned")
     code_commit: str | None = None
 
     def to_metadata(self) -> dict[str, str]:

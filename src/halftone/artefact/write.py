@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ def write(
     denoiser = denoiser_of(source.pipeline)
     contents = _contents(calibration, state, plan, denoiser)
     provenance = provenance.model_copy(update={"code_commit": code_commit()})
-    if folder.is_file() or (folder.is_dir() and not (folder / PLAN).is_file() and any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not an artefact; choose another folder")
+    check_place(folder)
     with writing(folder) as temporary:
         temporary.mkdir()
         name = "unet" if denoiser is getattr(source.pipeline, "unet", None) else "transformer"
@@ -88,6 +88,18 @@ def check_components(source: Source, components: Components) -> None:
             f"{source.path}: is not on the hub at a commit, so its components cannot be referenced: "
             "choose copy or int8"
         )
+
+
+def check_place(folder: Path) -> None:
+    """Raises UserError where no artefact can be written, or something lies that is none."""
+    if folder.is_file() or (folder.is_dir() and not (folder / PLAN).is_file() and any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not an artefact; choose another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".halftone-", dir=folder.parent):
+            pass
+    except OSError as fault:
+        raise UserError(f"cannot write {folder}: {fault.strerror}; choose another folder") from None
 
 
 def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Module) -> tensors.Contents:

@@ -16,7 +16,7 @@ from halftone.cli import options
 from halftone.errors import UserError
 from halftone.policies import Rounding
 from halftone.relaxing import Interval
-from halftone.settings import Protocol, Reconstruction
+from halftone.settings import Budget, Protocol, Reconstruction
 
 if TYPE_CHECKING:
     from halftone.layers import WeightCodes
@@ -77,7 +77,7 @@ def verb(
     trajectory, known = Trajectory.load(data)
     choice = Choice(recipe, resolved, width, protocol)
     chosen = choice.describe(known)
-    codes = codes_of(weights, chosen)
+    codes, learned = codes_of(weights, chosen)
     relaxed = None
     if sensitivity is not None:
         measured = Sensitivity.load(options.existing(sensitivity, "sensitivity"))
@@ -97,7 +97,7 @@ def verb(
         work=work,
         relaxed=relaxed,
     )
-    state.save(output, chosen)
+    state.save(output, chosen.model_copy(update={"budget": learned}))
     shutil.rmtree(work, ignore_errors=True)
     tracking.log(
         tracking.Record(
@@ -126,13 +126,14 @@ def check_weights(weights: Path | None, recipe: str, axes: Axes) -> None:
         raise UserError(f"recipe {recipe} rounds weights to nearest: leave --weights out")
 
 
-def codes_of(weights: Path | None, chosen: Provenance) -> dict[str, WeightCodes] | None:
-    """Reconstructed weights, if any. Raises UserError for those of another row."""
+def codes_of(weights: Path | None, chosen: Provenance) -> tuple[dict[str, WeightCodes] | None, Budget | None]:
+    """Reconstructed weights, if any, and their budget. Raises UserError for those of another row."""
     from halftone.passes.reconstructed import load
     from halftone.provenance import Provenance
 
     if weights is None:
-        return None
+        return None, None
     found, metadata = load(options.existing(weights, "reconstruct"))
-    options.same_row(weights, Provenance.from_metadata(metadata, weights), chosen, "reconstruct")
-    return found.weights
+    made_for = Provenance.from_metadata(metadata, weights)
+    options.same_row(weights, made_for.model_copy(update={"budget": None}), chosen, "reconstruct")
+    return found.weights, made_for.budget

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,6 +58,10 @@ def info(
     print(
         f"{'schedule':22} {known['scheduler']['class']}, {known['steps']} steps, guidance {known['guidance']}"
     )
+    if known["budget"]:
+        print(f"{'budget':22} {known['budget']}")
+    if departs := departures(facts["recipe"], facts["axes"]):
+        print(f"{'axes':22} " + ", ".join(f"{name} {value}" for name, value in departs.items()))
     for name, part in facts["components"].items():
         where = f" {part['from']}" if "from" in part else ""
         inside = f", {len(part['float'])} tensors in float" if "float" in part else ""
@@ -79,6 +84,16 @@ def info(
             "largest_exact_ratio",
         ):
             print(f"  {name:20} {parity[name]:.3g}")
+
+
+def departures(recipe: str, axes: Mapping[str, Any]) -> dict[str, Any]:
+    """The axes on which a row departs from its recipe, as plain values."""
+    from halftone.axes import Axes
+    from halftone.recipes import PRESETS
+
+    row, preset = Axes.model_validate(axes), PRESETS[recipe]
+    values = {name: getattr(row, name) for name in Axes.model_fields}
+    return {name: value for name, value in values.items() if value != getattr(preset, name)}
 
 
 def schema() -> None:

@@ -85,7 +85,7 @@ def verb(
         known,
         choice,
         factors=factor_files.read(factors, choice.describe(known)),
-        weights=codes_of(weights, choice.describe(known)),
+        weights=codes_of(weights, choice.describe(known))[0],
         batch_size=batch_size,
         how=Reconstruction(budget=budget, batch_size=unit_batch_size),
         work=work,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halftone.axes import Axes
 from halftone.cli import options
 from halftone.cli.sample import images
 from halftone.errors import UserError
@@ -118,7 +119,7 @@ def compare(
         ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Of two zips: their prompts.", show_default=False)
+        Path | None, typer.Option(help="Of two zips: their prompts; none without text.", show_default=False)
     ] = None,
     features: Annotated[
         str, typer.Option(help="Of two zips: network of the perceptual distance, scenes or inception.")
@@ -132,16 +133,21 @@ def compare(
     elif Path(first).is_dir() and Path(second).is_dir():
         _artefacts(Path(first), Path(second))
     else:
+        absent = [name for name in (first, second) if not Path(name).is_dir()]
+        for name in absent:
+            _metrics(name)
         _rows(_metrics(first), _metrics(second), None if full is None else _metrics(full))
 
 
 def _metrics(given: str) -> Path:
     path = Path(given)
+    if path.is_dir():
+        raise UserError(f"{given}: is a folder, what it is compared with is not; give two artefacts")
     if path.suffix != ".json":
         path = Path("results/metrics") / f"{given}.json"
     if not path.is_file():
         raise UserError(
-            f"{given}: no figures of this name ({path}), and not two artefacts; run halftone metrics first"
+            f"{given}: no artefact, and no figures of this name ({path}); run halftone metrics first"
         )
     return path
 
@@ -149,11 +155,25 @@ def _metrics(given: str) -> Path:
 def _artefacts(first: Path, second: Path) -> None:
     from halftone.artefact import info
 
-    facts = [info(path) for path in (first, second)]
-    names = [name for name, value in facts[0].items() if not isinstance(value, dict)]
-    for name in names:
+    facts = [dict(_flat(info(path))) for path in (first, second)]
+    for name in dict.fromkeys([*facts[0], *facts[1]]):
         a, b = (fact.get(name) for fact in facts)
-        print(f"{name:22} {a!s:>24} {b!s:>24}{'' if a == b else '  differs'}")
+        if a != b:
+            print(f"{name:22} {a!s:>24} {b!s:>24}  differs")
+        elif "/" not in name:  # of what lies deeper, only what differs
+            print(f"{name:22} {a!s:>24} {b!s:>24}")
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in facts.items():
+        if name == "axes":
+            value = dict(Axes.model_validate(value))
+        if name == "sites":  # kind, how, number
+            value = {f"{kind} {how}": number for kind, how, number in value}
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _rows(first: Path, second: Path, full: Path | None) -> None:
@@ -170,11 +190,12 @@ def _rows(first: Path, second: Path, full: Path | None) -> None:
 
 
 def _images(first: Path, second: Path, full: Path | None, prompts: Path | None, features: str) -> None:
-    if full is None or prompts is None:
-        raise UserError("compare: two zips need --full, the zip of full precision, and --prompts")
+    if full is None:
+        raise UserError("compare: two zips need --full, the zip of full precision")
     for path in (first, second, full):
         options.existing(path, "sample")
-    options.prompts(prompts, None)
+    if prompts is not None:
+        options.prompts(prompts, None)
 
     from halftone.compare_images import RARE, compare_images
     from halftone.evaluate.features import open_network

@@ -52,7 +52,7 @@ def quantize(
         None if isinstance(texts, int) else texts,
         output,
         bits=width,
-        axes=resolved.model_dump(),
+        axes=resolved,
         protocol=protocol,
         revision=revision,
         n_prompts=n_prompts,
@@ -99,7 +99,8 @@ def plan(
         typer.Option(help="With --workflow: lay experiments/NAME.yaml over params.yaml.", show_default=False),
     ] = None,
 ) -> None:
-    """Say what would be done, before anything is spent: sites, what stays in float and why, sizes, time."""
+    """Say what would be done, before anything is spent: sites, what stays in float and why, sizes; of the
+    workflow its jobs, their time and disk."""
     if workflow:
         if model is not None:
             raise UserError("plan: give a model, or --workflow, not both")

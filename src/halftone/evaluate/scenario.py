@@ -47,7 +47,7 @@ def measure_files(
     """
     images, index = read_images(shards)
     whole, base = (images, index) if list(shards) == list(reference) else read_images(reference)
-    texts = _texts(prompts, index)
+    texts = texts_of(prompts, index)
     check_belong(index, base, prompts_sha256(texts))
     identity = {"model": model, "scenario": name, "tier": tier, **_identity(index, artefact), "seed": seed}
     measurer = Measurer(settings, seed)
@@ -74,7 +74,7 @@ def measure_files(
     return measurement
 
 
-def _texts(prompts: Path | None, index: ShardIndex) -> list[str]:
+def texts_of(prompts: Path | None, index: ShardIndex) -> list[str]:
     """The lines of the prompt file, or what stands for them where the model takes no text."""
     if index.image_set is not None:
         if prompts is not None:
