@@ -252,6 +252,16 @@ def test_plan_of_the_workflow_counts_jobs_time_and_disk(
     assert "scenes-t2i_static_w4a4_headline" in capsys.readouterr().out
 
 
+def test_plan_of_the_workflow_invents_nothing_of_a_model_that_is_absent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    overlay = tmp_path / "absent.yaml"
+    overlay.write_text("models: {scenes-t2i: {path: data/models/absent}}")
+    assert main(["plan", "--workflow", "--overlay", str(overlay)]) == 2
+    assert "data/models/absent" in capsys.readouterr().err
+
+
 def test_plan_of_a_model_lists_sites_sizes_and_reasons(
     tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

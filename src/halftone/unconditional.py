@@ -118,7 +118,7 @@ def guidance_of(pipeline: Any, given: float | None, default: float | None = GUID
     if given is not None:
         raise UserError(
             f"{type(pipeline).__name__} takes neither prompt nor class, so guidance means nothing: leave it "
-            "out"
+            "out (in params.yaml: unconditional: true under models)"
         )
     return None
 

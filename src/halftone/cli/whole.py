@@ -147,9 +147,11 @@ def plan(
 def _plan_workflow(overlays: list[str]) -> None:
     from halftone import estimate
     from halftone.progress import clock
-    from halftone.workflow import config
+    from halftone.workflow import config, models
 
     settings = config.settings([config.overlay(name) for name in overlays])
+    for row in settings.rows():  # sizes and times of a model that is not there would be invented
+        models.files(settings.models[settings.scenarios[row].model])
     jobs = estimate.jobs(settings, gpu=Path("/dev/nvidia0").exists())
     width = max(len(job.key) for job in jobs)
     for job in jobs:
