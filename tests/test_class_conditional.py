@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, 
 
 import halftone
 from halftone.artefact import info, verify
+from halftone.cli import main
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.passes.rollout import roll, runs_of
@@ -113,6 +114,13 @@ def test_it_is_quantized_and_drawn_by_number(model: Path, tmp_path: Path) -> Non
     integer = load_subject(folder, execution=Execution.INTEGER, device="cpu")
     same = sample(integer, captions, range(2), 1, image_set=PromptSet.TEST)
     assert np.array_equal(np.stack(list(same)), drawn[0])
+
+
+def test_convolutions_that_are_not_there_cannot_be_reparameterized(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(model), "--recipe", "tcaq", "--bits", "w6a6"]) == 2
+    assert "reparameterization_layers convolutions; choose all" in capsys.readouterr().err
 
 
 def test_noise_that_no_seed_decides_is_refused(model: Path) -> None:

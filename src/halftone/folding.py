@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from halftone.axes import Axes
 from halftone.denoiser import Site, SiteKind, attends_plainly, is_boundary, is_layer, modules_in_order
+from halftone.errors import UserError
 from halftone.plan import Division
 from halftone.policies import Reparameterization, ReparameterizedLayers
 
@@ -40,7 +41,8 @@ def reparameterized_layers(denoiser: nn.Module, sites: Iterable[Site], axes: Axe
     """The layers that a recipe reparameterizes, in forward order; none where it does not.
 
     `denoiser` may be wrapped, and lie on the meta device. A producer takes factors only where all the layers
-    that read it take part. Grouped convolutions are left as they are.
+    that read it take part. Grouped convolutions are left as they are. Raises UserError where the recipe
+    reparameterizes and there is no layer for it.
     """
     if axes.reparameterization is Reparameterization.NONE:
         return ()
@@ -54,6 +56,11 @@ def reparameterized_layers(denoiser: nn.Module, sites: Iterable[Site], axes: Axe
     for producer, layers in _folds(denoiser):
         if found.keys() >= set(layers):
             found |= dict.fromkeys(layers, Shared(layers, producer))
+    if not found:
+        raise UserError(
+            f"reparameterization {axes.reparameterization}: this {type(denoiser).__name__} has no layer for "
+            f"it with reparameterization_layers {which}; choose all, or reparameterization none"
+        )
     return tuple(dict.fromkeys(found.values()))
 
 

@@ -31,18 +31,15 @@ def reparameterize(
 ) -> Factors:
     """Factors from the reference trajectory, and what they do to the ranges; the denoiser stays as it is.
 
-    Raises UserError for a recipe that does not reparameterize, or leaves no layer for it, and where the
-    denoiser would give other outputs.
+    Raises UserError for a recipe that does not reparameterize, or has no layer for it, and where the denoiser
+    would give other outputs.
     """
     check_same_model(source, known)
+    if not choice.reparameterizes:
+        raise UserError(f"recipe {choice.recipe} reparameterizes nothing: go on without, or set the axis")
     denoiser = denoiser_of(source.pipeline).to(device.best())
     found = sites(denoiser, choice.protocol, choice.recipe, choice.axes.shortcut, bits=choice.bits)
     shared = reparameterized_layers(denoiser, found, choice.axes)
-    if not shared:
-        raise UserError(
-            f"recipe {choice.recipe}: no layer of this {type(denoiser).__name__} is reparameterized; set the "
-            "axes reparameterization and reparameterization_layers"
-        )
     names = [name for one in shared for name in one.layers]
     maxima = channel_maxima(denoiser, names, trajectory, batch_size=batch_size)
     factors = factors_of(denoiser, shared, maxima, choice.axes)
