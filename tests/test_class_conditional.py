@@ -101,12 +101,14 @@ def test_the_sampler_given_full_precisions_answers_comes_to_its_latents(
 def test_it_is_quantized_and_drawn_by_number(model: Path, tmp_path: Path) -> None:
     axes = {"reparameterization_layers": "all", "rounds": 2}
     how: dict[str, Any] = {"n_prompts": 2, "steps": STEPS, "budget": "smoke", "batch_size": 2}
+    how["guidance"] = 7.5  # of the artefact, whatever is usual
     folder = halftone.quantize(str(model), "tcaq", None, tmp_path / "q", bits="w6a6b8", axes=axes, **how)
     assert all(check.passed for check in verify(folder))
-    assert info(folder)["provenance"]["guidance"] == 4.0
+    assert info(folder)["provenance"]["guidance"] == 7.5
     drawn = []
-    for path, wanted in ((folder, {}), (model, {"steps": STEPS, "guidance": 4.0})):
+    for path, wanted in ((folder, {}), (model, {"steps": STEPS, "guidance": 7.5})):
         subject = load_subject(path, **wanted)
+        assert subject.guidance == 7.5
         captions = numbered(PromptSet.TEST, 2)
         drawn.append(np.stack(list(sample(subject, captions, range(2), 1, image_set=PromptSet.TEST))))
     quantized, full = (one.astype(float) for one in drawn)

@@ -33,7 +33,15 @@ from halftone.sampling import load_subject, sample
 from halftone.scenes import uncond
 from halftone.settings import PromptSet
 from halftone.shards import SeedSet, read_shard
-from halftone.unconditional import check_call, check_text, first_id, guidance_of, numbered, set_of
+from halftone.unconditional import (
+    check_call,
+    check_text,
+    first_id,
+    guidance_of,
+    numbered,
+    set_of,
+    usual_guidance,
+)
 
 COUNT = 5
 
@@ -224,8 +232,9 @@ def test_latent_diffusion_without_text_goes_the_same_way(tmp_path: Path) -> None
 
 
 def test_guidance_belongs_to_text(tiny_pipeline: Any) -> None:
-    assert guidance_of(tiny_pipeline, None) == 7.5
-    assert guidance_of(tiny_pipeline, 2.0) == 2.0
+    assert usual_guidance(tiny_pipeline) == 7.5
+    assert guidance_of(tiny_pipeline, None, 7.5) == 7.5
+    assert guidance_of(tiny_pipeline, 2.0, 7.5) == 2.0
     check_text(tiny_pipeline, True)
 
 

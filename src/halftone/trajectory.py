@@ -143,13 +143,21 @@ def noise(prompt_id: int, seed: int, shape: Sequence[int]) -> Tensor:
 def own_noise(pipeline: Any) -> Iterator[None]:
     """A run of a pipeline. A class-conditional one hands no generator to its scheduler: raises UserError
     where that draws noise then, on which no image's seed has a say."""
-    before = torch.random.get_rng_state()
+    before = _common_generators()
     yield
-    if takes_classes(pipeline) and not torch.equal(before, torch.random.get_rng_state()):
+    if takes_classes(pipeline) and not all(map(torch.equal, before, _common_generators())):
         raise UserError(
             f"{type(pipeline).__name__} draws noise that no seed decides, by its "
             f"{type(pipeline.scheduler).__name__}; give the model a deterministic scheduler, such as DDIM"
         )
+
+
+def _common_generators() -> list[Tensor]:
+    """States of the generators that are nobody's own, of the CPU and of GPUs in use."""
+    return [
+        torch.random.get_rng_state(),
+        *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []),
+    ]
 
 
 def run_arguments(

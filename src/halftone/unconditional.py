@@ -82,15 +82,15 @@ def check_text(pipeline: Any, prompted: bool) -> None:
 def check_kind(kind: type, denoiser: Mapping[str, Any]) -> None:
     """Raises UserError where a pipeline of this class, with a denoiser of this configuration, needs more than
     prompts, classes or a number of images."""
-    given = {"self", "prompt", LABELS}
+    takes, given = _parameters(kind), {"self", "prompt", LABELS}
     needs = [
         name
-        for name, parameter in _parameters(kind).items()
+        for name, parameter in takes.items()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         and name not in given
     ]
-    if denoiser.get("num_class_embeds") and LABELS not in _parameters(kind):
+    if denoiser.get("num_class_embeds") and not takes.keys() & {LABELS, "prompt"}:
         needs = [f"{LABELS}, which its denoiser needs and it does not hand on"]
     if needs:
         raise UserError(
@@ -108,13 +108,18 @@ def check_call(pipeline: Any, resolution: int | None) -> None:
         raise UserError(f"{kind} draws at {side}x{side} only, not at resolution {resolution}; leave it out")
 
 
-def guidance_of(pipeline: Any, given: float | None, default: float | None = GUIDANCE) -> float | None:
+def usual_guidance(pipeline: Any) -> float | None:
+    """The guidance scale where none is asked for; None of a model without text and classes."""
+    if takes_text(pipeline):
+        return GUIDANCE
+    return CLASS_GUIDANCE if takes_classes(pipeline) else None
+
+
+def guidance_of(pipeline: Any, given: float | None, default: float | None) -> float | None:
     """The guidance scale: None for a model without text and classes. Raises UserError where one was given to
     such."""
-    if takes_text(pipeline):
+    if takes_text(pipeline) or takes_classes(pipeline):
         return default if given is None else given
-    if takes_classes(pipeline):
-        return (CLASS_GUIDANCE if default == GUIDANCE else default) if given is None else given
     if given is not None:
         raise UserError(
             f"{type(pipeline).__name__} takes neither prompt nor class, so guidance means nothing: leave it "

@@ -12,7 +12,7 @@ from halftone.settings import PromptSet
 from halftone.source import Source
 from halftone.trajectory import Trajectory
 from halftone.trajectory import record as record_trajectory
-from halftone.unconditional import check_text, guidance_of, numbered
+from halftone.unconditional import check_text, guidance_of, numbered, usual_guidance
 
 
 def record(
@@ -31,7 +31,7 @@ def record(
     tokenizer would cut, and for prompts or guidance of a model without text.
     """
     check_text(source.pipeline, not isinstance(prompts, int))
-    guidance = guidance_of(source.pipeline, guidance)
+    guidance = guidance_of(source.pipeline, guidance, usual_guidance(source.pipeline))
     pipeline = source.pipeline.to(device.best())
     if isinstance(prompts, int):
         prompts = numbered(PromptSet.CALIBRATION, prompts)
