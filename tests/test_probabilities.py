@@ -160,9 +160,9 @@ def test_permuted_prompts_give_permuted_images(fresh_pipeline: Any, scope: Scope
     order = [2, 0, 1]
     whole = images(fresh_pipeline, [0, 1, 2])
     assert np.array_equal(images(fresh_pipeline, order), whole[order])
-    pair = images(fresh_pipeline, [0, 1])
-    alike = np.abs(pair - whole[:2]).max() < 1e-5
-    assert alike == (scope is not Scope.TENSOR)
+    # as many in the batch: kernels for another number round otherwise, which may take a value to another code
+    beside_another = images(fresh_pipeline, [0, 1, 1])
+    assert np.array_equal(beside_another[:2], whole[:2]) == (scope is not Scope.TENSOR)
 
 
 def test_off_with_a_start_token_apart_is_full_precision(fresh_pipeline: Any) -> None:
