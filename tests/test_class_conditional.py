@@ -60,9 +60,9 @@ def recorded(model: Path, guidance: float | None = None) -> tuple[Any, Trajector
 
 
 def test_classes_follow_from_the_number_of_an_image_and_reach_all(model: Path) -> None:
-    pipeline = load_source(model).pipeline
-    drawn = classes_of(pipeline, range(5000))
-    assert drawn[10:20] == classes_of(pipeline, range(10, 20))
+    config = load_source(model).pipeline.transformer.config
+    drawn = classes_of(config, range(5000))
+    assert drawn[10:20] == classes_of(config, range(10, 20))
     assert (min(drawn), max(drawn)) == (0, 999)
     assert len(set(drawn)) > 950
 
@@ -72,7 +72,9 @@ def test_each_half_is_recorded_as_what_it_is(model: Path) -> None:
     assert known.guidance == 4.0
     assert trajectory.guided
     assert trajectory.conditional_first
-    assert trajectory.conditions["class_labels"].tolist() == classes_of(source.pipeline, range(3))
+    assert trajectory.conditions["class_labels"].tolist() == classes_of(
+        source.pipeline.transformer.config, range(3)
+    )
     assert trajectory.unconditions["class_labels"].tolist() == [1000]
 
 

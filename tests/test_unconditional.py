@@ -196,7 +196,7 @@ def test_prompts_given_to_metrics_are_refused(results: Path, tmp_path: Path) -> 
 
 def test_a_pipeline_that_needs_more_is_refused() -> None:
     with pytest.raises(UserError, match="cannot be run without image"):
-        check_call(StableVideoDiffusionPipeline.__new__(StableVideoDiffusionPipeline), None)
+        check_call(StableVideoDiffusionPipeline.__new__(StableVideoDiffusionPipeline), {}, None)
 
 
 @pytest.mark.parametrize("verb", ["plan", "quantize"])

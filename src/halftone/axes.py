@@ -302,19 +302,17 @@ class Off(NamedTuple):
     of_it: tuple[str, ...]
 
 
+_REPARAMETERIZATION = (
+    "reparameterization_layers",
+    "reparameterization_groups",
+    "reparameterization_limit",
+    "reparameterization_floor",
+    "smooth_exponent",
+)
+_ROUNDS = ("rounds", "later_iterations", "later_beta")
 SWITCHES = {
-    "reparameterization": Off(
-        Reparameterization.NONE,
-        (
-            "reparameterization_layers",
-            "reparameterization_groups",
-            "reparameterization_limit",
-            "reparameterization_floor",
-            "smooth_exponent",
-        ),
-    ),
-    "rounding": Off(Rounding.NEAREST, ("rounds", "later_iterations", "later_beta", "temporal_block")),
-    "probabilities_scale": Off(ProbabilitiesScale.STATIC, ("probabilities_scope",)),
+    "reparameterization": Off(Reparameterization.NONE, _REPARAMETERIZATION),
+    "rounding": Off(Rounding.NEAREST, (*_ROUNDS, "temporal_block")),
 }
 _ADAPTIVE = ("adaptive_selector", "adaptive_alternative", "adaptive_xmin", "adaptive_groups")
 _ATTENTION = ("probabilities", "start_token", "probabilities_scale", "probabilities_scope", *_ADAPTIVE)
@@ -325,14 +323,8 @@ _UNSAID = (
     "group_layout",
     "legacy_lookup",
     "reparameterization",
-    "reparameterization_layers",
-    "reparameterization_groups",
-    "reparameterization_limit",
-    "reparameterization_floor",
-    "smooth_exponent",
-    "rounds",
-    "later_iterations",
-    "later_beta",
+    *_REPARAMETERIZATION,
+    *_ROUNDS,
 )
 
 

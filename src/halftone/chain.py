@@ -19,6 +19,7 @@ from halftone.artefact.write import check_components, check_place, write
 from halftone.axes import Axes
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
+from halftone.files import check_writable
 from halftone.passes.state import CalibrationState
 from halftone.plan import Plan
 from halftone.prompts import read_prompts
@@ -71,6 +72,7 @@ def quantize(
     texts = _first(prompts, n_prompts)
     output = Path(output)
     check_place(output)
+    check_writable(output)
     source = load_source(model, revision) if isinstance(model, str | Path) else source_of(model)
     check_components(source, stored)
     skeleton = skeleton_of(source.pipeline, resolution)
@@ -121,10 +123,8 @@ def quantize(
         measured = sensitivity(source, trajectory, known, choice, **how_calibrated, work=work / "sensitivity")
         relaxed = measured.relaxed_calls
     state = calibrate(source, trajectory, known, choice, **how_calibrated, work=work, relaxed=relaxed)
-    chosen = choice.describe(known)
-    if choice.learns_rounding:
-        chosen = chosen.model_copy(update={"budget": how.budget})
-    state.save(work / "state.safetensors", chosen)
+    spent = how.budget if choice.learns_rounding else None
+    state.save(work / "state.safetensors", choice.describe(known, spent))
     write(output, work / "state.safetensors", planned(state), source, stored, trajectory)
     shutil.rmtree(work)
     return output

@@ -8,17 +8,21 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from halftone.errors import UserError
 
+_NO_FOLDER = "a part of the path is a file: choose another folder"
 _DISK_FAULTS = {
     errno.ENOSPC: "the disk is full: free some space and run again",
     errno.EDQUOT: "the disk quota is used up: free some space and run again",
     errno.EACCES: "permission denied: choose a folder you may write to, or change its permissions",
     errno.EPERM: "operation not permitted: choose a folder you may write to",
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EEXIST: _NO_FOLDER,
     errno.EROFS: "the file system is read-only: choose another folder",
 }
 
@@ -40,6 +44,17 @@ def explain_disk_faults(path: Path) -> Iterator[None]:
             if f"os error {number}" in text:
                 raise UserError(f"cannot write {path}: {remedy}") from fault
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError where nothing can be written at `path`, before anything is spent."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".halftone-", dir=path.parent):
+            pass
+    except OSError as fault:
+        remedy = _DISK_FAULTS.get(fault.errno or 0, f"{fault.strerror}; choose another folder")
+        raise UserError(f"cannot write {path}: {remedy}") from None
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ from halftone.settings import PromptSet
 from halftone.shards import Pixels, SeedSet, ShardIndex, read_shard, slice_of, write_shard
 from halftone.source import load_source
 from halftone.trajectory import own_noise, run_arguments
-from halftone.unconditional import check_text, first_id, guidance_of, numbered, takes_classes, takes_text
+from halftone.unconditional import check_text, first_id, guidance_of, numbered, usual_guidance
 
 __all__ = ["SeedSet", "Subject", "lanes", "load_subject", "read_shard", "sample", "sample_shard"]
 
@@ -108,7 +108,7 @@ def load_subject(
         raise UserError(f"{path}: a full-precision model needs --steps and --guidance")
     source = load_source(path, revision)
     guidance = guidance_of(source.pipeline, guidance, default=None)
-    if guidance is None and (takes_text(source.pipeline) or takes_classes(source.pipeline)):
+    if guidance is None and usual_guidance(source.pipeline) is not None:
         raise UserError(f"{path}: a full-precision model needs --steps and --guidance")
     source.pipeline.to(device)
     label = source.path if source.revision is None else f"{source.path}@{source.revision}"

@@ -159,6 +159,10 @@ class Reconstruction(_Section):
         2048, ge=16, description="memory for a unit's cached inputs and outputs; more spills to disk"
     )
 
+    def facts(self) -> dict[str, Any]:
+        """What a result depends on, as plain values: not where its data lie meanwhile."""
+        return self.model_dump(mode="json", exclude={"cache_mib"})
+
 
 class Sampling(_Section):
     shard_size: int = Field(256, ge=1, description="images per job; larger rows are sampled in shards")

@@ -143,9 +143,12 @@ def noise(prompt_id: int, seed: int, shape: Sequence[int]) -> Tensor:
 def own_noise(pipeline: Any) -> Iterator[None]:
     """A run of a pipeline. A class-conditional one hands no generator to its scheduler: raises UserError
     where that draws noise then, on which no image's seed has a say."""
+    if not takes_classes(pipeline):
+        yield
+        return
     before = _common_generators()
     yield
-    if takes_classes(pipeline) and not all(map(torch.equal, before, _common_generators())):
+    if not all(map(torch.equal, before, _common_generators())):
         raise UserError(
             f"{type(pipeline).__name__} draws noise that no seed decides, by its "
             f"{type(pipeline.scheduler).__name__}; give the model a deterministic scheduler, such as DDIM"
@@ -177,7 +180,8 @@ def run_arguments(
     same noise. A pipeline that takes no prompt is given how many images to make, or their classes. Raises
     UserError where it needs more than this, or cannot draw at the resolution.
     """
-    check_call(pipeline, resolution)
+    denoiser: Any = denoiser_of(pipeline)
+    check_call(pipeline, getattr(denoiser, "config", {}), resolution)
     takes = inspect.signature(type(pipeline).__call__).parameters
     generators = [generator(k, seed) for k in ids]
     given: dict[str, Any] = {
@@ -187,10 +191,9 @@ def run_arguments(
     }
     given |= {"prompt": list(prompts)} if "prompt" in takes else {"batch_size": len(ids)}
     if takes_classes(pipeline):
-        given[LABELS] = classes_of(pipeline, ids)
+        given[LABELS] = classes_of(denoiser.config, ids)
     if resolution is not None:
         given |= {"height": resolution, "width": resolution}
-    denoiser: Any = denoiser_of(pipeline)
     latent_unet = isinstance(denoiser, UNet2DConditionModel) and hasattr(pipeline, "vae")
     if latent_unet:
         side = denoiser.config.sample_size if resolution is None else resolution // pipeline.vae_scale_factor
@@ -310,11 +313,20 @@ class _Recorder:
         per_row = [dict(self._rows(k)) for k in range(len(self.others))]
         conditions = {name: torch.cat([rows[name][-1] for rows in per_row]) for name in per_row[0]}
         unconditions = {name: per_row[0][name][0][:1].clone() for name in per_row[0]} if self.guided else {}
-        guidance = self.guided, self.input_name, self.guided and self.conditional_first
         common = {name: value for name, value in self.others[0].items() if name not in conditions}
         latents = torch.stack([torch.cat(call) for call in zip(*self.latents, strict=True)])
         levels = torch.tensor(self.noise_levels, dtype=torch.float32)
-        return Trajectory(latents, first, levels, conditions, unconditions, common, *guidance)
+        return Trajectory(
+            latents,
+            first,
+            levels,
+            conditions,
+            unconditions,
+            common,
+            self.guided,
+            self.input_name,
+            conditional_first=self.guided and self.conditional_first,
+        )
 
     def _rows(self, batch: int) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
         """Inputs with a row per row of the batch, split into halves, the unconditional one first."""

@@ -55,13 +55,12 @@ def takes_classes(pipeline: Any) -> bool:
     return label is not None and label.default is label.empty
 
 
-def classes_of(pipeline: Any, ids: Sequence[int]) -> list[int]:
-    """The labels of images: drawn by their ids, each class as likely as another. Raises UserError where the
-    denoiser does not say how many there are."""
-    config = _denoiser(pipeline).config
-    count = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+def classes_of(denoiser: Mapping[str, Any], ids: Sequence[int]) -> list[int]:
+    """The labels of images: drawn by their ids, each class as likely as another. denoiser: its configuration.
+    Raises UserError where that does not say how many there are."""
+    count = denoiser.get("num_embeds_ada_norm") or denoiser.get("num_class_embeds")
     if not isinstance(count, int):
-        raise UserError(f"{type(pipeline).__name__}: its denoiser does not say how many classes it knows")
+        raise UserError(f"{denoiser.get('_class_name')}: does not say how many classes it knows")
     drawn = (hashlib.sha256(f"halftone class {k}".encode()).digest() for k in ids)
     return [int.from_bytes(one[:8], "little") % count for one in drawn]
 
@@ -98,11 +97,11 @@ def check_kind(kind: type, denoiser: Mapping[str, Any]) -> None:
         )
 
 
-def check_call(pipeline: Any, resolution: int | None) -> None:
+def check_call(pipeline: Any, denoiser: Mapping[str, Any], resolution: int | None) -> None:
     """Raises UserError as `check_kind`, and where the pipeline takes no resolution and is to draw at another
     than its own."""
-    check_kind(type(pipeline), getattr(_denoiser(pipeline), "config", {}))
-    side = _own_side(pipeline)
+    check_kind(type(pipeline), denoiser)
+    side = _own_side(pipeline, denoiser)
     if resolution is not None and "height" not in _takes(pipeline) and side not in (None, resolution):
         kind = type(pipeline).__name__
         raise UserError(f"{kind} draws at {side}x{side} only, not at resolution {resolution}; leave it out")
@@ -118,7 +117,7 @@ def usual_guidance(pipeline: Any) -> float | None:
 def guidance_of(pipeline: Any, given: float | None, default: float | None) -> float | None:
     """The guidance scale: None for a model without text and classes. Raises UserError where one was given to
     such."""
-    if takes_text(pipeline) or takes_classes(pipeline):
+    if usual_guidance(pipeline) is not None:
         return default if given is None else given
     if given is not None:
         raise UserError(
@@ -136,13 +135,9 @@ def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(kind.__call__).parameters)
 
 
-def _denoiser(pipeline: Any) -> Any:
-    return getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-
-
-def _own_side(pipeline: Any) -> int | None:
+def _own_side(pipeline: Any, denoiser: Mapping[str, Any]) -> int | None:
     """Pixels along a side of what a model without a choice of sizes draws; None where that is not known."""
-    side = getattr(getattr(_denoiser(pipeline), "config", None), "sample_size", None)
+    side = denoiser.get("sample_size")
     decoder = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
     if isinstance(side, int) and decoder is not None:
         side *= 2 ** (len(decoder.config.block_out_channels) - 1)

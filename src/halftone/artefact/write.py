@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +90,9 @@ def check_components(source: Source, components: Components) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """Raises UserError where no artefact can be written, or something lies that is none."""
+    """Raises UserError where something lies that is no artefact."""
     if folder.is_file() or (folder.is_dir() and not (folder / PLAN).is_file() and any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not an artefact; choose another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".halftone-", dir=folder.parent):
-            pass
-    except OSError as fault:
-        raise UserError(f"cannot write {folder}: {fault.strerror}; choose another folder") from None
 
 
 def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Module) -> tensors.Contents:

@@ -97,7 +97,7 @@ def verb(
         work=work,
         relaxed=relaxed,
     )
-    state.save(output, chosen.model_copy(update={"budget": learned}))
+    state.save(output, choice.describe(known, learned))
     shutil.rmtree(work, ignore_errors=True)
     tracking.log(
         tracking.Record(

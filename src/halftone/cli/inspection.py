@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from halftone.axes import Axes
 from halftone.cli import options
+from halftone.recipes import PRESETS
 
 Artefact = Annotated[Path, typer.Argument(help="Folder of an artefact.", show_default=False)]
 
@@ -88,18 +90,12 @@ def info(
 
 def departures(recipe: str, axes: Mapping[str, Any]) -> dict[str, Any]:
     """The axes on which a row departs from its recipe, as plain values."""
-    from halftone.axes import Axes
-    from halftone.recipes import PRESETS
-
-    row, preset = Axes.model_validate(axes), PRESETS[recipe]
-    values = {name: getattr(row, name) for name in Axes.model_fields}
-    return {name: value for name, value in values.items() if value != getattr(preset, name)}
+    preset = dict(PRESETS[recipe])
+    return {name: value for name, value in Axes.model_validate(axes) if value != preset[name]}
 
 
 def schema() -> None:
     """Print the JSON Schema of params.yaml: every key with range and default; and the axes of a recipe."""
-    from halftone.axes import Axes
-    from halftone.recipes import PRESETS
     from halftone.settings import Settings
 
     described = Settings.model_json_schema()

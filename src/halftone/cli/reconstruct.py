@@ -82,7 +82,7 @@ def verb(
         checkpoint=work,
         shared=shared,
     )
-    found.save(output, chosen.model_copy(update={"budget": budget}).to_metadata())
+    found.save(output, choice.describe(known, budget).to_metadata())
     shutil.rmtree(work, ignore_errors=True)
     rounds = [[unit for unit in found.units if unit.round == k + 1] for k in range(resolved.rounds)]
     if rounds[0]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -133,10 +134,9 @@ def compare(
     elif Path(first).is_dir() and Path(second).is_dir():
         _artefacts(Path(first), Path(second))
     else:
-        absent = [name for name in (first, second) if not Path(name).is_dir()]
-        for name in absent:
-            _metrics(name)
-        _rows(_metrics(first), _metrics(second), None if full is None else _metrics(full))
+        # a folder beside what is no folder: the fault is the other's, if that is absent
+        rows = {name: _metrics(name) for name in sorted((first, second), key=os.path.isdir)}
+        _rows(rows[first], rows[second], None if full is None else _metrics(full))
 
 
 def _metrics(given: str) -> Path:
@@ -167,6 +167,8 @@ def _artefacts(first: Path, second: Path) -> None:
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in facts.items():
         if name == "axes":
+            if prefix:  # the provenance's, which are the same
+                continue
             value = dict(Axes.model_validate(value))
         if name == "sites":  # kind, how, number
             value = {f"{kind} {how}": number for kind, how, number in value}

@@ -322,7 +322,7 @@ class _Work:
         facts = {
             "axes": self.axes.model_dump(mode="json", include=_AXES),
             "bits": [self.bits.weight, self.bits.boundary],
-            "settings": self.settings.model_dump(mode="json", exclude={"cache_mib"}),
+            "settings": self.settings.facts(),
             "schedule": dataclasses.asdict(self.schedule),
             "seed": self.seed,
             "modules": self.modules,

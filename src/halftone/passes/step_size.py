@@ -59,12 +59,7 @@ def learn_step_sizes(
     Raises UserError where a value is not finite, and for a full disk.
     """
     work = _Work(denoiser, quantizers, trajectory, codes, axes, settings, bits, seed)
-    facts = [
-        axes.model_dump(mode="json"),
-        settings.model_dump(mode="json", exclude={"cache_mib"}),
-        seed,
-        str(bits),
-    ]
+    facts = [axes.model_dump(mode="json"), settings.facts(), seed, str(bits)]
     digest = hashlib.sha256(checkpoints.fingerprint(denoiser, trajectory, facts).encode())
     for name, parameters in fitted.items():
         digest.update(f"{name} {quantizers[name].bits} {parameters.scale.tolist()}".encode())

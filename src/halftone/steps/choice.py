@@ -12,7 +12,7 @@ from halftone.policies import Reparameterization, Rounding
 from halftone.provenance import Provenance, scheduler_facts
 from halftone.quantizers.bits import Bits
 from halftone.recipes import resolve as resolve_axes
-from halftone.settings import Protocol
+from halftone.settings import Budget, Protocol
 from halftone.source import Source
 
 
@@ -33,9 +33,10 @@ class Choice:
     def reparameterizes(self) -> bool:
         return self.axes.reparameterization is not Reparameterization.NONE
 
-    def describe(self, known: Provenance) -> Provenance:
-        """`known`, with this choice added."""
+    def describe(self, known: Provenance, budget: Budget | None = None) -> Provenance:
+        """`known`, with this choice added, and the budget that its weights were learned with."""
         chosen = {"recipe": self.recipe, "axes": self.axes, "bits": str(self.bits), "protocol": self.protocol}
+        chosen["budget"] = budget
         return known.model_copy(update=chosen)
 
 
