@@ -201,8 +201,9 @@ def test_soft_choices_are_gone_on_from() -> None:
     soft = SoftRounding(weight, params, noise=1.0, alpha=alpha)
     assert torch.equal(soft.alpha, alpha)
     assert soft.alpha.data_ptr() != alpha.data_ptr()
-    schedule = later(SCHEDULES[Budget.FAST], resolve("static", {"rounds": 2}))
+    schedule = later(SCHEDULES[Budget.FAST], resolve("static", {"rounds": 2, "later_softness": 0.1}))
     assert (schedule.iterations, schedule.warm_up, schedule.beta_start) == (38, 0.0, 10.0)
+    assert schedule.softness == 0.1
     assert schedule.samples == SCHEDULES[Budget.FAST].samples
 
 
@@ -227,6 +228,8 @@ def test_rounds_compose_with_factors(recorded: Recorded, tmp_path: Path) -> None
         ("static", {"rounds": 2, "unit_input": "full_precision"}, "unit_input: quantized_prefix"),
         ("static", {"later_iterations": 0.5}, "one round only"),
         ("static", {"later_beta": 5}, "one round only"),
+        ("static", {"later_softness": 0.1}, "one round only"),
+        ("static", {"rounds": 2, "later_softness": 0.5}, "later_softness"),
         ("static", {"rounds": 11}, "rounds"),
     ],
 )

@@ -104,6 +104,12 @@ class Axes(BaseModel):
     later_beta: float = Field(
         10.0, ge=2, le=20, description="exponent from which rounds after the first are annealed"
     )
+    later_softness: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="least distance from 0 and 1 with which rounds after the first take soft choices up",
+    )
     temporal_block: TemporalBlock = Field(
         TemporalBlock.JOINT, description="timestep layers reconstructed with their blocks or apart"
     )
@@ -235,7 +241,7 @@ class Axes(BaseModel):
             raise ValueError(f"{of_laws[0]}: of laws, which adaptive_selector output_error does not ask")
 
     def _check_rounds(self) -> None:
-        for name in ("later_iterations", "later_beta"):
+        for name in _ROUNDS[1:]:
             if self.rounds == 1 and getattr(self, name) != _default(name):
                 raise ValueError(f"{name}: there is one round only; write rounds: 3 with it")
         if self.rounds > 1 and self.rounding is Rounding.NEAREST:
@@ -309,7 +315,7 @@ _REPARAMETERIZATION = (
     "reparameterization_floor",
     "smooth_exponent",
 )
-_ROUNDS = ("rounds", "later_iterations", "later_beta")
+_ROUNDS = ("rounds", "later_iterations", "later_beta", "later_softness")
 SWITCHES = {
     "reparameterization": Off(Reparameterization.NONE, _REPARAMETERIZATION),
     "rounding": Off(Rounding.NEAREST, (*_ROUNDS, "temporal_block")),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from halftone.errors import UserError
 from halftone.passes.schedule import SCHEDULES, Schedule
 from halftone.passes.unit_data import UnitData
-from halftone.passes.unit_rounding import Learned, learn
+from halftone.passes.unit_rounding import Begun, Learned, learn
 from halftone.passes.unit_trace import Signature
 from halftone.quantizers.adaround import SoftRounding
 from halftone.quantizers.affine import AffineParams
@@ -77,6 +77,22 @@ def test_never_worse_than_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert learned.keeps_first
     assert learned.mse_after > learned.mse_before
     assert (learned.codes["weight"] - 8).tolist() == [[1, 0]]
+
+
+def test_choices_that_were_made_move_again_only_if_they_are_softened() -> None:
+    module, inputs = linear([0.7, 0.2]), torch.eye(2)
+    begun = Begun({"weight": torch.tensor([[8, 9]])}, {"weight": torch.tensor([[-4.0, 4.0]])})  # both wrong
+    data = data_of(module, inputs)
+    again = dataclasses.replace(QUICK, learning_rate=0.02, warm_up=0.0, beta_start=10.0)
+    found = {}
+    for softness in (0.0, 0.1):
+        schedule = dataclasses.replace(again, softness=softness)
+        learned = learn(module, {"weight": WHOLE_STEPS}, data, schedule, 32, 0, begun=begun)
+        assert learned.mse_before == pytest.approx((0.7**2 + 0.8**2) / 2, abs=1e-6)
+        found[softness] = learned
+    assert found[0.0].keeps_first
+    assert torch.equal(found[0.0].alpha["weight"], begun.alpha["weight"])
+    assert found[0.1].mse_after == pytest.approx((0.3**2 + 0.2**2) / 2, abs=1e-6)
 
 
 class Two(nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from halftone.quantizers.adaround import SoftRounding, alpha_for, beta_at, rectified_sigmoid
+from halftone.quantizers.adaround import SoftRounding, alpha_for, beta_at, rectified_sigmoid, softened
 from halftone.quantizers.affine import AffineParams, dequantize, fake_quantize, fit_affine, quantize
 
 UNIT = AffineParams(torch.tensor(1.0), torch.tensor(8.0), 4)
@@ -14,6 +14,15 @@ def test_alpha_starts_at_the_rest():
     alpha = alpha_for(rest)
     assert alpha.tolist() == pytest.approx([-2.397895, -0.887303, 0, 0.887303], abs=1e-6)
     assert rectified_sigmoid(alpha).tolist() == pytest.approx(rest.tolist(), abs=1e-6)
+
+
+def test_softened_choices_have_a_gradient_and_keep_their_side():
+    alpha = torch.tensor([-4.0, -0.1, 0.0, 0.1, 4.0])
+    soft = softened(alpha, 0.25).requires_grad_()
+    assert soft.tolist() == pytest.approx([-0.887303, -0.1, 0, 0.1, 0.887303], abs=1e-6)
+    rectified_sigmoid(soft).sum().backward()
+    assert soft.grad.min() > 0
+    assert torch.equal(softened(alpha, 0.0), alpha)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ class Schedule:
     `rounding_weight` multiplies the summed regulariser; `warm_up` is the share of the iterations without
     it; its exponent falls from `beta_start` to `beta_end` afterwards. `samples` is how many (call, prompt,
     guidance half) triples are drawn from the trajectory; `batch_limit` caps the samples of one iteration.
+    `softness` is how far from 0 and 1 the soft choices of a round before begin.
     """
 
     iterations: int
@@ -31,6 +32,7 @@ class Schedule:
     beta_end: float
     samples: int
     batch_limit: int
+    softness: float = 0.0
 
     def __post_init__(self) -> None:
         assert min(self.iterations, self.samples, self.batch_limit) > 0
@@ -41,7 +43,13 @@ def later(schedule: Schedule, axes: Axes) -> Schedule:
     """That of a round after the first: shorter, annealed from a lower exponent and without warm-up, since the
     choices are made for the most part (our choice: of TCAQ-DM's PAR the paper tells no figures)."""
     iterations = max(1, round(schedule.iterations * axes.later_iterations))
-    return replace(schedule, iterations=iterations, warm_up=0.0, beta_start=axes.later_beta)
+    return replace(
+        schedule,
+        iterations=iterations,
+        warm_up=0.0,
+        beta_start=axes.later_beta,
+        softness=axes.later_softness,
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from halftone.errors import UserError
 from halftone.passes.schedule import Schedule
 from halftone.passes.unit_data import UnitData, tensors_of
-from halftone.quantizers.adaround import SoftRounding, beta_at
+from halftone.quantizers.adaround import SoftRounding, beta_at, softened
 from halftone.quantizers.affine import AffineParams, dequantize, quantize
 
 TIE_NOISE = 1e-3
@@ -69,7 +69,8 @@ def learn(
 
     The objective is the squared error to the full-precision output, summed over dimension 1 and averaged
     over the others, plus `rounding_weight` times the summed regulariser after the warm-up (BRECQ).
-    `advance` is called after every iteration. `begun`: the soft choices go on from there.
+    `advance` is called after every iteration. `begun`: the soft choices go on from there, at least the
+    schedule's softness away from 0 and 1.
     Deterministic for a seed. Raises UserError where the error is not finite.
     """
     weights = {name: unit.get_parameter(name).detach() for name in params}
@@ -78,7 +79,9 @@ def learn(
     else:
         first = {name: begun.codes[name].to(weights[name].device, torch.int32) for name in params}
     mse_before = _mse(unit, _values(first, params, weights), data, batch_size)
-    alpha = {} if begun is None else begun.alpha
+    alpha = {}
+    if begun is not None:
+        alpha = {name: softened(begun.alpha[name], schedule.softness) for name in params}
     soft = {
         name: SoftRounding(
             weights[name], params[name], noise=TIE_NOISE, seed=seed + place, alpha=alpha.get(name)

@@ -25,6 +25,18 @@ def alpha_for(rest: Tensor) -> Tensor:
     return -torch.log((ZETA - GAMMA) / (rest - GAMMA) - 1)
 
 
+def softened(alpha: Tensor, softness: float) -> Tensor:
+    """`alpha` with h(alpha) kept within [softness, 1 - softness], for a softness in 0..1/2.
+
+    A choice that has arrived at 0 or 1 lies where h is clamped and has no gradient: learned on from there, it
+    stays whatever the data say. 0 leaves every alpha as it is.
+    """
+    if not softness:
+        return alpha
+    low, high = alpha_for(torch.tensor([softness, 1 - softness])).tolist()
+    return alpha.clamp(low, high)
+
+
 def beta_at(iteration: int, iterations: int, warmup: float, start: float = 20.0, end: float = 2.0) -> float:
     """Exponent of the regulariser: `start` during the warm-up, then falling linearly to `end` at
     `iterations`.
