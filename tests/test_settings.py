@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from halftone.errors import UserError
-from halftone.settings import PromptSet, Settings, load, validate
+from halftone.settings import PromptSet, Settings, validate
 from halftone.workflow import config
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def edited(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_shipped_settings_are_valid() -> None:
-    settings = load(ROOT / "params.yaml")
+    settings = config.settings(base=ROOT / "params.yaml")
     assert settings.rows() == [FP, MINMAX, STATIC]
     assert settings.reference(STATIC) == FP
     assert settings.scenarios[STATIC].resolved_axes().rounding == "adaround"
@@ -133,17 +133,19 @@ def test_a_model_without_text_needs_no_prompt_files() -> None:
         (b"\xff\xfe", "not UTF-8"),
         (b"- a", "must hold a mapping"),
         (None, "no such file"),
+        (
+            b"tier: demo\nmodels:\n  m: {path: a}\n  m: {path: b}\n",
+            r"params\.yaml, line 4: 'm' is said twice",
+        ),
+        (b"tier: demo\ntier: screening\n", r"line 2: 'tier' is said twice"),
     ],
 )
-@pytest.mark.parametrize("reader", [load, config.read])
-def test_a_file_that_is_no_settings_is_named(
-    tmp_path: Path, content: bytes | None, message: str, reader: Any
-) -> None:
+def test_a_file_that_is_no_settings_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "params.yaml"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        reader(path)
+        config.settings(base=path)
 
 
 def test_overlays_replace_leaves_and_keep_the_rest() -> None:

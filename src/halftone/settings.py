@@ -9,10 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from halftone.axes import Axes
@@ -315,19 +313,3 @@ def _explain(source: str, error: Any) -> str:
     given = error.get("input")
     shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
     return f"{where}: {message}{shown}"
-
-
-def load(path: Path | str = "params.yaml") -> Settings:
-    """Settings from a YAML file. Raises UserError."""
-    path = Path(path)
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as fault:
-        raise UserError(f"{path}: not UTF-8 text (byte {fault.start}); save it as UTF-8") from None
-    except yaml.YAMLError as fault:
-        raise UserError(f"{path}: not valid YAML: {fault}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: must hold a mapping of settings")
-    return validate(config, str(path))

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from trees import copy_workflow, edit, halftone, snakemake, with_stub
 
-from halftone.settings import load
-from halftone.workflow import proxy, sources
+from halftone.workflow import config, proxy, sources
 from halftone.workflow.paths import Rule
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +44,7 @@ def test_the_card_of_a_model_that_is_gone_goes_too(tmp_path: Path) -> None:
 
 def test_it_is_aside_of_the_pipeline() -> None:
     assert proxy.NAME not in set(Rule)
-    options = proxy.options(load(ROOT / "params.yaml"), "scenes-t2i")
+    options = proxy.options(config.settings(base=ROOT / "params.yaml"), "scenes-t2i")
     assert options == "data/models/scenes-t2i --batch-size 16 --name scenes-t2i"
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from halftone.errors import UserError
-from halftone.settings import load
-from halftone.workflow import records
+from halftone.workflow import config, records
 from halftone.workflow.paths import every_output
 
-SETTINGS = load(Path(__file__).parents[2] / "params.yaml")
+SETTINGS = config.settings(base=Path(__file__).parents[2] / "params.yaml")
 
 
 def test_results_of_a_checkout_are_refused_and_those_of_a_killed_job_are_not(tmp_path, monkeypatch):

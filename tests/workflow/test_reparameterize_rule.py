@@ -7,7 +7,7 @@ import yaml
 from trees import ROOT, copy_workflow, with_stub
 from workflow_dag import Planned, plan
 
-from halftone.settings import load
+from halftone.workflow import config
 from halftone.workflow.options import options
 from halftone.workflow.paths import Rule, outputs
 
@@ -43,7 +43,7 @@ def test_dvc_reads_what_the_rules_read(jobs: dict[str, Planned]) -> None:
 
 
 def test_its_options_are_the_rows() -> None:
-    settings = load(ROOT / "params.yaml")
+    settings = config.settings(base=ROOT / "params.yaml")
     static = "scenes-t2i_static_w4a8_demo"
     assert outputs(settings, Rule.REPARAMETERIZE, static) == []
     said = options(settings, Rule.REPARAMETERIZE, static)

@@ -9,7 +9,7 @@ import yaml
 from trees import copy_workflow, with_stub
 from workflow_dag import Planned, plan
 
-from halftone.settings import load
+from halftone.workflow import config
 from halftone.workflow.options import options
 from halftone.workflow.paths import Rule, outputs
 
@@ -38,7 +38,7 @@ def test_only_the_row_that_asks_for_it_is_measured(jobs: dict[str, Planned]) -> 
 def test_dvc_reads_what_the_rule_reads(jobs: dict[str, Planned]) -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     names = {"${key}": AUTO, "${item.model}": "scenes-t2i"}
-    names["${prompts.calibration}"] = load(ROOT / "params.yaml").prompts["calibration"]  # type: ignore[index]
+    names["${prompts.calibration}"] = config.settings(base=ROOT / "params.yaml").prompts["calibration"]  # type: ignore[index]
     for rule in ("sensitivity", "calibrate"):
         stage = stages[rule]["do"]
         listed = list(stage["deps"])
@@ -50,7 +50,7 @@ def test_dvc_reads_what_the_rule_reads(jobs: dict[str, Planned]) -> None:
 
 
 def test_its_options_are_those_of_calibration_and_the_clip() -> None:
-    settings = load(ROOT / "params.yaml")
+    settings = config.settings(base=ROOT / "params.yaml")
     static = "scenes-t2i_static_w4a8_demo"
     assert outputs(settings, Rule.SENSITIVITY, static) == []
     calibration = options(settings, Rule.CALIBRATE, static)

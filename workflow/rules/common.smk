@@ -14,6 +14,7 @@ from halftone import tracking
 from halftone.errors import UserError
 from halftone.settings import PromptSet, validate
 from halftone.workflow import models, prune, records, sources
+from halftone.workflow.config import read as read_config
 from halftone.workflow.options import options
 from halftone.workflow.paths import (
     ANALYSIS,
@@ -53,6 +54,8 @@ CONFIG_FILES = [
     *(os.path.relpath(f) for f in workflow.config_settings.configfiles),
 ]
 try:
+    for file in CONFIG_FILES:  # Snakemake passes over a key said twice
+        read_config(file)
     SETTINGS = validate(config, " + ".join(CONFIG_FILES))
 except UserError as fault:
     raise WorkflowError(str(fault)) from None

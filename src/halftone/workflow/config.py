@@ -17,11 +17,27 @@ PARAMS = Path("params.yaml")
 OVERLAYS = Path("experiments")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping holds already: YAML would keep the last alone, and rows would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        said: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # refused by the settings
+            if key.value in said:
+                raise UserError(f"line {key.start_mark.line + 1}: {key.value!r} is said twice; leave one out")
+            said.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read(path: Path | str) -> dict[str, Any]:
     """One YAML mapping. Raises UserError."""
     path = Path(path)
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UserError as fault:
+        raise UserError(f"{path}, {fault}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the folder that holds {PARAMS}") from None
     except UnicodeDecodeError as fault:
