@@ -12,7 +12,7 @@ from halftone import artefact
 from halftone.cli import main
 from halftone.denoiser import denoiser_of
 from halftone.passes.rollout import roll, runs_of, teacher_forced
-from halftone.propagation import propagation, relative_errors
+from halftone.propagation import drifts, propagation, relative_errors
 from halftone.provenance import Provenance
 from halftone.report.plots import Errors, errors_svg
 from halftone.source import Source, load_source
@@ -62,12 +62,32 @@ def test_error_is_inherited_when_free_running_only(case: Case) -> None:
     assert narrow.free_running[0] == pytest.approx(narrow.teacher_forced[0], rel=1e-3)
     assert narrow.free_running[-1] > 1.5 * narrow.teacher_forced[-1]
     assert narrow.relaxed_calls == (4,)
+    assert len(narrow.drift) == len(narrow.drift_error) == 5
+    assert max(wide.drift) < 1e-2 < max(narrow.drift)
 
 
 def test_relative_errors_are_means_of_the_prompts_own() -> None:
     reference = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
     latents = torch.tensor([[[3.0, 4.5], [0.0, 1.0]]])
     assert relative_errors(latents, reference) == (0.05,)
+
+
+def test_drift_is_what_all_images_share() -> None:
+    reference = torch.tensor([-1.0, 1.0]).reshape(1, 2, 1, 1, 1).expand(2, 2, 1, 4, 4)
+    spread = 2**0.5
+    shared = reference + 0.5
+    own = reference + torch.tensor([0.5, -0.5]).reshape(1, 2, 1, 1, 1)
+    grain = torch.ones(4, 4)
+    grain[::2] = -1
+    for latents, drift, error in (
+        (shared, 0.5 / spread, 0.0),
+        (own, 0.0, 0.5 / spread),
+        (reference + grain, 0.0, 0.0),
+    ):
+        found = drifts(latents, reference)
+        assert found[0] == pytest.approx((drift,) * 2, abs=1e-6)
+        assert found[1] == pytest.approx((error,) * 2, abs=1e-6)
+    assert drifts(reference[:, :1], reference[:, :1]) == ((), ())
 
 
 def test_relaxed_calls_are_shaded_in_the_rows_colour() -> None:
@@ -82,7 +102,9 @@ def test_the_verb_writes_data_and_plot(
     data = str(case[3]["wide"].parent / "data.safetensors")
     arguments = ["propagation", str(tiny_model_folder), str(case[3]["narrow"]), "--data", data]
     assert main([*arguments, "-o", str(tmp_path / "out")]) == 0
-    assert "latents off by" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "latents off by" in printed
+    assert "of the spread between images at call" in printed
     plot = (tmp_path / "out" / "propagation.svg").read_text()
     assert "narrow" in plot
     assert "teacher-forced" in plot

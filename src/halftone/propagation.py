@@ -3,6 +3,10 @@
 Free-running, the quantized model samples, and a call inherits what the calls before it did. Teacher-forced,
 every call starts from full precision's latents and sampler state, so the error after it is its own. Where the
 first outgrows the second, what is left to a recipe is the inherited error (PCR, PAR).
+
+What all images are off by alike, the drift, changes what a model draws and not only how well: grounds turn
+into other grounds. A sampler that clips its estimate of the image makes drift of mere noise, because what
+noise pushes past the limit is cut off on that side alone.
 """
 
 from __future__ import annotations
@@ -36,8 +40,9 @@ class _Part(BaseModel):
 
 
 class Curves(_Part):
-    """Of one artefact: |latents - full precision's| / |full precision's| after every call, mean over the
-    prompts."""
+    """Of one artefact, after every call: |latents - full precision's| / |full precision's|, mean over the
+    prompts; and of the free-running latents their drift, empty where there is one prompt only, with its
+    standard error."""
 
     name: str
     recipe: str
@@ -45,12 +50,14 @@ class Curves(_Part):
     relaxed_calls: tuple[int, ...]
     free_running: tuple[float, ...]
     teacher_forced: tuple[float, ...]
+    drift: tuple[float, ...]
+    drift_error: tuple[float, ...]
 
 
 class Propagation(_Part):
     """What `halftone propagation` finds."""
 
-    format: int = 1
+    format: int = 2
     prompts: int
     prompts_sha256: str
     model_sha256: str | None
@@ -113,6 +120,7 @@ def propagation(
             pipeline, trajectory, runs, whole, teacher_forced(denoiser, trajectory, runs, context)
         )
         calls += 2 * len(runs) * trajectory.n_calls
+        drift, drift_error = drifts(free, reference)
         found.append(
             Curves(
                 name=name,
@@ -121,6 +129,8 @@ def propagation(
                 relaxed_calls=plan.relaxed_calls,
                 free_running=relative_errors(free, reference),
                 teacher_forced=relative_errors(forced, reference),
+                drift=drift,
+                drift_error=drift_error,
             )
         )
     return Propagation(
@@ -137,6 +147,20 @@ def relative_errors(latents: Tensor, reference: Tensor) -> tuple[float, ...]:
     ours, theirs = (x.double().flatten(2) for x in (latents, reference))
     errors = ((ours - theirs).norm(dim=2) / theirs.norm(dim=2)).mean(dim=1)
     return tuple(float(f"{error:.6g}") for error in errors.tolist())
+
+
+def drifts(latents: Tensor, reference: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """By call, of (calls, prompts, channels, ...): how far the mean of a channel is off, averaged over the
+    prompts, in standard deviations of that mean between prompts; and the standard error of it. Both are root
+    mean squares over the channels, and empty for one prompt."""
+    if latents.shape[1] < 2:
+        return (), ()
+    ours, theirs = (x.double().flatten(3).mean(dim=3) for x in (latents, reference))
+    spread, errors = theirs.std(dim=1), ours - theirs
+    noise = errors.std(dim=1) / latents.shape[1] ** 0.5
+    rms = (((part / spread) ** 2).mean(dim=1).sqrt() for part in (errors.mean(dim=1), noise))
+    shift, error = (tuple(float(f"{value:.6g}") for value in part.tolist()) for part in rms)
+    return shift, error
 
 
 def _forced(pipeline: Any, trajectory: Trajectory, runs: Runs, whole: Outputs, own: Outputs) -> Tensor:

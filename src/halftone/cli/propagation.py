@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from halftone.cli import options
 from halftone.errors import UserError
+
+if TYPE_CHECKING:
+    from halftone.propagation import Curves
 
 
 def verb(
@@ -42,6 +45,18 @@ def verb(
     found = propagation(load_source(model, revision), trajectory, known, by_name, batch_size=batch_size)
     for one in found.artefacts:
         own, whole = one.teacher_forced[-1], one.free_running[-1]
-        print(f"{one.name:40} latents off by {whole:.2%}, by the last call alone {own:.2%}")
+        print(f"{one.name:40} latents off by {whole:.2%}, by the last call alone {own:.2%}{_drift(one)}")
     print(f"{found.denoiser_calls} denoiser calls")
     found.save(output)
+
+
+def _drift(found: Curves) -> str:
+    """The largest drift of the first half of the calls, where it is decided what is drawn."""
+    half = found.drift[: (len(found.drift) + 1) // 2]
+    if not half:
+        return ""
+    call = max(range(len(half)), key=half.__getitem__)
+    return (
+        f", drift {half[call]:.2f} of the spread between images at call {call} "
+        f"(standard error {found.drift_error[call]:.2f})"
+    )
