@@ -25,14 +25,19 @@ import halftone
 from halftone.artefact import info
 from halftone.cli import main
 from halftone.columns import DISTRIBUTION
+from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.evaluate.real import read_real
 from halftone.files import read_json
+from halftone.passes.rollout import roll, runs_of, teacher_forced
+from halftone.propagation import propagation
 from halftone.report.summary import read_csv
 from halftone.sampling import load_subject, sample
 from halftone.scenes import uncond
 from halftone.settings import PromptSet
 from halftone.shards import SeedSet, read_shard
+from halftone.source import load_source
+from halftone.steps.record import record
 from halftone.unconditional import (
     check_call,
     check_text,
@@ -185,6 +190,26 @@ def test_a_mistaken_request_gets_one_line(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in said
     assert not Path("out").exists()
+
+
+def test_error_travels_from_the_noise_that_was_recorded(artefact: Path, model: Path) -> None:
+    """The pipeline draws it itself, from generators that every run has to find as they were."""
+    source = load_source(model)
+    trajectory, known = record(source, 2, steps=2, guidance=None, resolution=None)
+    runs = runs_of(source.pipeline, trajectory, known, 2)
+    outputs = teacher_forced(denoiser_of(source.pipeline), trajectory, runs)
+    for _ in range(2):
+        given: list[torch.Tensor] = []
+
+        def answer(call: int, batch: int, inputs: Any, given: list[torch.Tensor] = given) -> torch.Tensor:
+            given.append(inputs["sample"])
+            return outputs[call][batch]
+
+        roll(source.pipeline, trajectory, runs, answer)
+        torch.testing.assert_close(torch.stack(given), trajectory.latents)
+    found = propagation(source, trajectory, known, {"q": artefact}, batch_size=2).artefacts[0]
+    assert found.free_running[0] == pytest.approx(found.teacher_forced[0], rel=1e-3)
+    assert found.free_running[0] < 0.5  # 1.4 from other noise
 
 
 def test_prompts_given_to_metrics_are_refused(results: Path, tmp_path: Path) -> None:

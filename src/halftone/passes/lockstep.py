@@ -27,12 +27,20 @@ class _Abandoned(BaseException):
     """Raised in a run that nobody waits for any more."""
 
 
+def _own(value: Any) -> Any:
+    """Random generators copied: what is drawn from them stays to be drawn by the next run on the same
+    arguments."""
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    return [_own(one) for one in value] if isinstance(value, list) else value
+
+
 class _Run(threading.Thread):
     def __init__(self, pipeline: Any, arguments: Mapping[str, Any]) -> None:
         super().__init__(daemon=True)
         self.pipeline = copy.copy(pipeline)
         self.pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
-        self.arguments = dict(arguments)
+        self.arguments = {name: _own(value) for name, value in arguments.items()}
         self.after: Tensor | None = None
         self.result: Any = None
         if hasattr(self.pipeline.scheduler, "step"):
@@ -90,7 +98,8 @@ class _Run(threading.Thread):
 class Lockstep:
     """A context in which `latents` are those of the current call and `answer` takes all runs to the next.
 
-    pipeline: any diffusers pipeline; `arguments`: of its `__call__`, one mapping per batch.
+    pipeline: any diffusers pipeline; `arguments`: of its `__call__`, one mapping per batch. They stay as they
+    are, random generators too, so that another run on them makes the same noise.
     """
 
     def __init__(self, pipeline: Any, arguments: Sequence[Mapping[str, Any]]) -> None:
