@@ -19,6 +19,7 @@ from halftone.policies import (
     Alternative,
     CalibrationCalls,
     CalibrationInputs,
+    Correction,
     GroupAxis,
     GroupLayout,
     Probabilities,
@@ -164,6 +165,10 @@ class Axes(BaseModel):
         description="look parameters up by timestep, as DGQ's published code does; under PNDM most calls "
         "then take those of the call before",
     )
+    correction: Correction = Field(
+        Correction.NONE,
+        description="taken off the output, call by call: its mean error (PTQD), or what undoes drift as well",
+    )
     relaxing: Relaxing = Field(
         Interval.NONE,
         description="calls whose activations get more bits: none, near_x0, near_xT, auto, {share: [s, e]} "
@@ -268,10 +273,11 @@ class Axes(BaseModel):
             self.time_axis is not TimeAxis.PER_CALL
             or self.calibration_inputs is not CalibrationInputs.REFERENCE
             or self.relaxing != Interval.NONE
+            or self.correction is not Correction.NONE
         ):
             raise ValueError(
                 "legacy_lookup: takes parameters of other calls; write time_axis: per_call, "
-                "calibration_inputs: reference, relaxing: none with it"
+                "calibration_inputs: reference, relaxing: none, correction: none with it"
             )
         if self.groups == 1:
             if aligned or self.group_axis is not GroupAxis.AUTO:
@@ -331,6 +337,7 @@ _UNSAID = (
     "reparameterization",
     *_REPARAMETERIZATION,
     *_ROUNDS,
+    "correction",
 )
 
 

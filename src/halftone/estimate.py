@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halftone.passes.schedule import SCHEDULES, STEP_SIZES
-from halftone.policies import CalibrationInputs, StepSize
+from halftone.policies import CalibrationInputs, Correction, StepSize
 from halftone.relaxing import WINDOWS
 from halftone.settings import Settings
 from halftone.workflow.paths import TIMINGS, Rule, applies, outputs
@@ -109,6 +109,8 @@ def _work(settings: Settings, rule: Rule, key: str, speed: float) -> float:
         axes = settings.scenarios[key].resolved_axes()
         if axes.calibration_inputs is CalibrationInputs.PROGRESSIVE:
             observing *= 3  # one pass over the reference trajectory, then two calls where that has one
+        if axes.correction is not Correction.NONE:
+            observing += 2 * settings.calibration.n_prompts * passes * _SIMULATED / speed
         if rule is Rule.SENSITIVITY:  # a window costs half a run, restored and disturbed
             observing += settings.calibration.n_prompts * passes * (3 + WINDOWS) * _SIMULATED / speed
         if axes.step_size is not StepSize.LEARNED:

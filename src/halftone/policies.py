@@ -170,3 +170,17 @@ class ReparameterizedLayers(StrEnum):
     CONVOLUTIONS = "convolutions"
     INNER_CONVOLUTIONS = "inner_convolutions"
     ALL = "all"
+
+
+class Correction(StrEnum):
+    """What is taken off the denoiser's output at every call.
+
+    `mean`: by how much its channels are off on average over positions and images, as the quantized model
+    samples (PTQD's correction of the mean; its factor and its variance are left out). `drift`: with it, what
+    leads the mean of the latents back to full precision's, for a sampler that clips makes drift of noise too
+    (our choice).
+    """
+
+    NONE = "none"
+    MEAN = "mean"
+    DRIFT = "drift"

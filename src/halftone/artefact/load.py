@@ -25,6 +25,7 @@ from halftone.artefact.manifest import (
 )
 from halftone.calls import CallContext, legacy_slots
 from halftone.components import INDEX, Entry, Index, assemble, empty_component, load_component, read_index
+from halftone.correction import correct
 from halftone.errors import UserError
 from halftone.files import read_json, sha256
 from halftone.plan import Execution, Plan
@@ -105,6 +106,8 @@ def load(
         context=context,
         dtype=dtype,
     )
+    if contents.correction is not None:
+        correct(denoiser, contents.correction, context)
     name = described.index.denoiser.name
     if name in components:
         raise UserError(f"{name} is what the artefact holds; load another artefact to use another one")

@@ -12,6 +12,7 @@
 | activation/groups | uint8 | packed labels of all grouped sites; only where there are any |
 | float/NAME | float16, else bfloat16, else float32 | as the parameter or buffer NAME of the denoiser |
 | timesteps, noise_levels | float64 | (calls,) |
+| correction | float32 | (calls, output channels), taken off the output; only where the plan says so |
 
 Scales and zero points of all sites lie in one table each, in the order of the plan: a key costs a hundred
 bytes. An activation site takes one entry per call, one where its parameters are shared over the calls (one
@@ -37,10 +38,12 @@ import torch
 from torch import Tensor, nn
 
 from halftone.artefact import groups, strict
+from halftone.correction import channels_of
 from halftone.denoiser import SiteKind, width_at
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
 from halftone.plan import Division, Plan, Quantizer, SitePlan
+from halftone.policies import Correction
 from halftone.quantizers import halves
 from halftone.quantizers.bits import Bits
 from halftone.quantizers.packing import pack, packed_size, unpack
@@ -50,6 +53,7 @@ FILE = "quantized.safetensors"
 DIVISOR = "activation/divisor"
 CHOICES = "probabilities/log2"
 GROUPS = "activation/groups"
+CORRECTION = "correction"
 _WHOLE = (torch.uint8, torch.int16, torch.int32)
 
 
@@ -60,7 +64,7 @@ class Contents:
     weights: codes and parameters by module; activations: what quantizers hold, by site name;
     floats: every other entry of the denoiser's state dict, float32 where floating point. divisors:
     (channels,) by module, of the inputs that are divided in the quantize step. choices: of probabilities that
-    take uniform or log2 codes, bool (calls,), by site name.
+    take uniform or log2 codes, bool (calls,), by site name. correction: of the output, (calls, channels).
     """
 
     weights: dict[str, WeightCodes]
@@ -70,6 +74,7 @@ class Contents:
     noise_levels: Tensor
     divisors: dict[str, Tensor] = field(default_factory=dict)
     choices: dict[str, Tensor] = field(default_factory=dict)
+    correction: Tensor | None = None
 
 
 def weight_sites(plan: Plan) -> list[SitePlan]:
@@ -121,6 +126,8 @@ def save(path: Path, contents: Contents, plan: Plan) -> None:
         tensors[f"{strict.FLOAT}{name}"] = strict.smallest(value)
     tensors["timesteps"] = contents.timesteps.double()
     tensors["noise_levels"] = contents.noise_levels.double()
+    if contents.correction is not None:
+        tensors[CORRECTION] = contents.correction.float()
     for name, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{name} holds NaN or infinity; run halftone calibrate again")
@@ -184,6 +191,8 @@ def expected_tensors(plan: Plan, denoiser: nn.Module) -> strict.Expected:
         expected[CHOICES] = (torch.uint8,), (-(-len(adaptive) * plan.calls // 8),)
     for name in ("timesteps", "noise_levels"):
         expected[name] = (torch.float64,), (plan.calls,)
+    if plan.axes.correction is not Correction.NONE:
+        expected[CORRECTION] = (torch.float32,), (plan.calls, channels_of(denoiser))
     return expected
 
 
@@ -219,7 +228,8 @@ def _unpacked(path: Path, plan: Plan, denoiser: nn.Module, tensors: Mapping[str,
     divisors = {site.module: factor for site, factor in zip(divided, factors, strict=True)}
     choices = _choices(path, plan, tensors)
     schedule = tensors["timesteps"], tensors["noise_levels"]
-    return Contents(weights, activations, floats, *schedule, divisors, choices)
+    correction = tensors.get(CORRECTION)
+    return Contents(weights, activations, floats, *schedule, divisors, choices, correction)
 
 
 def _choices(path: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

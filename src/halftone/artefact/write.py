@@ -21,6 +21,7 @@ from halftone.files import sha256, write_json, writing
 from halftone.folding import divisors, reparameterized, reparameterized_layers
 from halftone.passes.state import CalibrationState
 from halftone.plan import Plan
+from halftone.policies import Correction
 from halftone.provenance import Provenance, code_commit
 from halftone.runtime import simulated
 from halftone.settings import Components
@@ -104,6 +105,8 @@ def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Modu
         for problem, names in (("lacks", wanted - found), ("has, against the plan,", found - wanted)):
             if names:
                 raise UserError(f"{path}: {problem} {what} {min(names)}; run halftone analyze again")
+    if (state.correction is not None) != (plan.axes.correction is not Correction.NONE):
+        raise UserError(f"{path}: corrects the output otherwise than the plan; run halftone analyze again")
     if state.relaxed_calls != plan.relaxed_calls:
         raise UserError(f"{path}: relaxes other calls than the plan; run halftone analyze again")
     divided = reparameterized_layers(
@@ -131,6 +134,7 @@ def _contents(path: Path, state: CalibrationState, plan: Plan, denoiser: nn.Modu
         state.noise_levels,
         divisors(divided, state.factors),
         choices,
+        state.correction,
     )
 
 

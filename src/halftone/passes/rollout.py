@@ -6,7 +6,7 @@ already, at no cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,22 @@ def roll(
 
     Raises UserError where the sampler makes other calls than were recorded.
     """
+
+    def answers(call: int, given: Iterator[Inputs]) -> list[Tensor]:
+        return [answer(call, batch, inputs) for batch, inputs in enumerate(given)]
+
+    return roll_together(pipeline, trajectory, runs, answers, calls)
+
+
+def roll_together(
+    pipeline: Any,
+    trajectory: Trajectory,
+    runs: Runs,
+    answers: Callable[[int, Iterator[Inputs]], list[Tensor]],
+    calls: int | None = None,
+) -> Rollout:
+    """As `roll`, with `answers(call, inputs of every batch)`, which sees all batches of a call before it
+    answers any."""
     wanted = trajectory.n_calls if calls is None else calls
     latents: list[Tensor] = []
     outputs: Outputs = []
@@ -97,10 +113,8 @@ def roll(
                     f"the sampler stopped after {call} of {trajectory.n_calls} calls; "
                     "run calibration-data again"
                 )
-            pairs = enumerate(zip(runs, sampler.latents, strict=True))
-            given = [
-                answer(call, batch, inputs_at(trajectory, call, ids, now)) for batch, ((ids, _), now) in pairs
-            ]
+            pairs = zip(runs, sampler.latents, strict=True)
+            given = answers(call, (inputs_at(trajectory, call, ids, now) for (ids, _), now in pairs))
             sampler.answer(given)
             outputs.append(given)
             # some pipelines step both halves of guidance, which stay alike

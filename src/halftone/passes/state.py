@@ -56,7 +56,8 @@ class CalibrationState:
     """Everything that a recipe decided for a denoiser. timesteps, noise_levels: (n_calls,), of the
     calibrated calls. relaxed_calls: indices of those whose activations have the recipe's relaxed width.
     denoiser_calls: that finding the activation parameters took, each on one batch. factors: (input channels,)
-    by module, of a recipe that reparameterizes; weights and parameters are then of that denoiser."""
+    by module, of a recipe that reparameterizes; weights and parameters are then of that denoiser. correction:
+    (n_calls, output channels), to be taken off the denoiser's output."""
 
     weights: dict[str, WeightCodes]
     activations: ActivationParameters
@@ -65,6 +66,7 @@ class CalibrationState:
     relaxed_calls: tuple[int, ...] = ()
     denoiser_calls: int = 0
     factors: dict[str, Tensor] = field(default_factory=dict)
+    correction: Tensor | None = None
 
     def apply(self, denoiser: nn.Module, quantizers: Mapping[str, SiteQuantizer], bits: Bits) -> None:
         """Put weights and parameters into a wrapped denoiser; modes stay as they are."""
@@ -74,13 +76,16 @@ class CalibrationState:
     def save(self, path: Path | str, provenance: Provenance) -> None:
         """One safetensors file: `weight/{module}/codes|scale|zero_point`,
         `activation/{site}/scale|zero_point|lo|hi|log2|axis|labels`, `timesteps`, `noise_levels`,
-        `relaxed_calls`, `denoiser_calls`, `factor/{module}/value`. Its bytes depend on the values alone."""
+        `relaxed_calls`, `denoiser_calls`, `factor/{module}/value`, `correction`. Its bytes depend on the
+        values alone."""
         tensors = {
             "timesteps": self.timesteps,
             "noise_levels": self.noise_levels,
             "relaxed_calls": torch.tensor(self.relaxed_calls, dtype=torch.int64),
             "denoiser_calls": torch.tensor(self.denoiser_calls),
         }
+        if self.correction is not None:
+            tensors["correction"] = self.correction
         for module, weight in self.weights.items():
             tensors |= {f"weight/{module}/{part}": value for part, value in weight._asdict().items()}
         for site, parameters in self.activations.items():
@@ -114,6 +119,7 @@ class CalibrationState:
                 tuple(alone["relaxed_calls"].tolist()),
                 int(alone["denoiser_calls"]),
                 {name: values["value"] for name, values in parts["factor"].items()},
+                alone.get("correction"),
             ), provenance
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; run halftone calibrate first") from None

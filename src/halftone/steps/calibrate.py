@@ -16,18 +16,19 @@ from halftone.layers import WeightCodes, quantized_layers, set_weights
 from halftone.passes import calibrate as reference
 from halftone.passes import progressive
 from halftone.passes.checkpoint import seed_of
+from halftone.passes.correction import fit_correction
 from halftone.passes.relax import relax_shared
 from halftone.passes.rollout import Runs, runs_of
 from halftone.passes.state import CalibrationState
 from halftone.passes.step_size import learn_step_sizes
 from halftone.passes.weights import quantize_weights
-from halftone.policies import CalibrationInputs, StepSize, TimeAxis
+from halftone.policies import CalibrationInputs, Correction, StepSize, TimeAxis
 from halftone.provenance import Provenance
 from halftone.relaxing import Interval, Relaxation, relaxed_calls
 from halftone.settings import Reconstruction
 from halftone.source import Source
 from halftone.steps.choice import Choice, check_same_model
-from halftone.steps.wrapped import sites_of, wrapped
+from halftone.steps.wrapped import in_use, sites_of, wrapped
 from halftone.trajectory import Trajectory
 
 
@@ -130,6 +131,17 @@ def calibrate(
                 )
         if relaxation is not None and not per_call:
             activations = relax_shared(activations, quantizers, relaxation, trajectory.n_calls)
+    correction = None
+    if choice.axes.correction is not Correction.NONE:
+        slots = trajectory.n_calls if per_call or relaxation else 1
+        runs = runs_of(source.pipeline, trajectory, known, batch_size)
+        with wrapped(
+            denoiser, found, choice, context, slots, factors=factors, relaxation=relaxation
+        ) as quantizers:
+            use = in_use(denoiser, quantizers, weights, activations, choice.bits)
+            place = source.pipeline, denoiser, context, trajectory, runs
+            correction = fit_correction(*place, use, choice.axes.correction, known.guidance)
+        made += 2 * trajectory.n_calls * len(runs)
     return CalibrationState(
         dict(weights),
         activations,
@@ -138,4 +150,5 @@ def calibrate(
         relaxed,
         made,
         dict(factors or {}),
+        correction,
     )

@@ -22,21 +22,19 @@ from halftone import device
 from halftone.calls import CallContext
 from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
-from halftone.layers import WeightCodes, quantized_layers, set_weights
+from halftone.layers import WeightCodes
 from halftone.passes.checkpoint import seed_of
 from halftone.passes.rollout import Inputs, Outputs, Rollout, Runs, roll, runs_of, teacher_forced
-from halftone.passes.state import set_parameters
-from halftone.policies import TimeAxis
+from halftone.policies import Correction, TimeAxis
 from halftone.progress import Progress
 from halftone.provenance import Provenance
 from halftone.relaxing import WINDOWS, Interval, Relaxation
 from halftone.sensitivity import CLEAR, Measured, Sensitivity, Window, capacity, chosen, gains, windows
 from halftone.settings import Reconstruction
-from halftone.site_quantizer import Mode, set_mode
 from halftone.source import Source
 from halftone.steps.calibrate import calibrate
 from halftone.steps.choice import Choice
-from halftone.steps.wrapped import sites_of, wrapped
+from halftone.steps.wrapped import in_use, sites_of, wrapped
 from halftone.trajectory import Trajectory
 
 _DIGITS = 6
@@ -65,7 +63,7 @@ def sensitivity(
     prompts: Sequence[str] | None = None,
     clip: TextMatch | None = None,
 ) -> Sensitivity:
-    """Measure windows of calls of the recipe without relaxing, and choose the calls to relax.
+    """Measure windows of calls of the recipe without relaxing and correction, and choose the calls to relax.
 
     Arguments are those of `calibrate`; prompts, clip: for the text match, which is left out without them.
     Raises UserError where relaxing would give no bits.
@@ -73,7 +71,8 @@ def sensitivity(
     base, relaxed = choice.bits.activation, choice.axes.relaxed_bits
     if relaxed <= base:
         raise UserError(f"relaxed_bits {relaxed}: activations have {base} already; ask for more, or fewer")
-    plain = replace(choice, axes=choice.axes.model_copy(update={"relaxing": Interval.NONE}))
+    without = {"relaxing": Interval.NONE, "correction": Correction.NONE}
+    plain = replace(choice, axes=choice.axes.model_copy(update=without))
     state = calibrate(
         source,
         trajectory,
@@ -93,15 +92,7 @@ def sensitivity(
     runs = runs_of(pipeline, trajectory, known, batch_size, images=clip is not None)
     parts = windows(trajectory.n_calls, n_windows)
     with wrapped(denoiser, found, plain, context, slots, factors=factors) as quantizers:
-        set_weights(denoiser, state.weights, plain.bits, keep_full_precision=True)
-        set_parameters(quantizers, state.activations)
-        layers = list(quantized_layers(denoiser).values())
-
-        def use(quantized: bool) -> None:
-            for layer in layers:
-                layer.use_full_precision(not quantized)
-            set_mode(quantizers, Mode.QUANTIZE if quantized else Mode.OFF)
-
+        use = in_use(denoiser, quantizers, state.weights, state.activations, plain.bits)
         work_ = _Work(pipeline, trajectory, runs, context, use, known.seed)
         return work_.measure(parts, plain, known, choice, prompts, clip)
 

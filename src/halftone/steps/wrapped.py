@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,17 +14,22 @@ from halftone.calls import CallContext
 from halftone.denoiser import Site, denoiser_of, is_layer, sites
 from halftone.errors import UserError
 from halftone.folding import divisors, reparameterized, reparameterized_layers
-from halftone.layers import wrap
+from halftone.layers import WeightCodes, quantized_layers, set_weights, wrap
+from halftone.passes.correction import check_correction
+from halftone.passes.state import ActivationParameters, set_parameters
 from halftone.policies import TimeAxis
 from halftone.probability_quantizer import Form
+from halftone.quantizers.bits import Bits
 from halftone.relaxing import Relaxation
-from halftone.site_quantizer import SiteQuantizer, set_divisors
+from halftone.site_quantizer import Mode, SiteQuantizer, set_divisors, set_mode
 from halftone.start_token import kept_apart, tokenizers_of
 from halftone.steps.choice import Choice
 
 
 def sites_of(pipeline: Any, choice: Choice) -> list[Site]:
-    """Sites of a pipeline's denoiser that a choice is about, also those that stay in float."""
+    """Sites of a pipeline's denoiser that a choice is about, also those that stay in float. Raises UserError
+    where the pipeline does not go with the choice."""
+    check_correction(pipeline, choice.axes)
     axes, apart = choice.axes, kept_apart(choice.axes, partial(tokenizers_of, pipeline))
     found = denoiser_of(pipeline), choice.protocol, choice.recipe, axes.shortcut, apart
     return sites(*found, bits=choice.bits)
@@ -60,6 +65,26 @@ def wrapped(
         quantizers = wrap(denoiser, found, choice.bits, slots, context, dynamic, relaxation, form)
         set_divisors(quantizers, divisors(shared, factors))
         yield quantizers
+
+
+def in_use(
+    denoiser: nn.Module,
+    quantizers: Mapping[str, SiteQuantizer],
+    weights: Mapping[str, WeightCodes],
+    activations: ActivationParameters,
+    bits: Bits,
+) -> Callable[[bool], None]:
+    """Codes and parameters put into a wrapped denoiser, and a switch: with them, or in full precision."""
+    set_weights(denoiser, weights, bits, keep_full_precision=True)
+    set_parameters(quantizers, activations)
+    layers = list(quantized_layers(denoiser).values())
+
+    def use(quantized: bool) -> None:
+        for layer in layers:
+            layer.use_full_precision(not quantized)
+        set_mode(quantizers, Mode.QUANTIZE if quantized else Mode.OFF)
+
+    return use
 
 
 @contextlib.contextmanager

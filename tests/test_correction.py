@@ -1,0 +1,184 @@
+"""What is taken off the denoiser's output: how it is found, stored, and applied."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import halftone
+from halftone import artefact
+from halftone.artefact.manifest import write_manifest
+from halftone.calls import CallContext
+from halftone.correction import correct
+from halftone.denoiser import denoiser_of
+from halftone.errors import UserError
+from halftone.passes.correction import DRIFT_GAIN, check_correction, fit_correction
+from halftone.passes.rollout import roll, runs_of
+from halftone.plan import Execution
+from halftone.policies import Correction
+from halftone.provenance import Provenance
+from halftone.recipes import resolve
+from halftone.scenes import uncond
+from halftone.source import Source, load_source
+from halftone.steps.record import record
+from halftone.trajectory import Trajectory
+from quantized import GUIDANCE, PROMPTS, RESOLUTION, STEPS
+
+BIAS = torch.tensor([0.03, -0.02, 0.01])
+Case = tuple[Source, Trajectory, Provenance]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    uncond.save(uncond.assemble(uncond.build((8, 8, 8))), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def case(model: Path) -> Case:
+    source = load_source(model)
+    return source, *record(source, 3, steps=4, guidance=None, resolution=None)
+
+
+@contextmanager
+def off_by(denoiser: nn.Module, errors: Callable[[Tensor], Tensor]) -> Iterator[Callable[[bool], None]]:
+    """A switch between the denoiser and one whose output is off."""
+    on = [False]
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        answered = isinstance(output, tuple)  # and not the sampler's own call, which waits for the answer
+        return (output[0] + errors(output[0]),) if answered and on[0] else output
+
+    handle = denoiser.register_forward_hook(hook)
+    try:
+        yield lambda quantized: on.__setitem__(0, quantized)
+    finally:
+        handle.remove()
+
+
+def fit(case: Case, errors: Callable[[Tensor], Tensor], kind: Correction, seed: int | None = None) -> Tensor:
+    source, trajectory, known = case
+    denoiser = denoiser_of(source.pipeline)
+    runs = runs_of(source.pipeline, trajectory, known, 2, seed=seed)
+    with off_by(denoiser, errors) as use:
+        place = source.pipeline, denoiser, CallContext(), trajectory, runs
+        return fit_correction(*place, use, kind, known.guidance)
+
+
+@pytest.mark.parametrize("kind", [Correction.MEAN, Correction.DRIFT])
+def test_a_constant_error_is_found(case: Case, kind: Correction) -> None:
+    found = fit(case, lambda _: BIAS.reshape(1, 3, 1, 1), kind)
+    torch.testing.assert_close(found, BIAS.expand(4, 3), atol=1e-5, rtol=0)
+
+
+def test_drift_is_led_back(case: Case) -> None:
+    """Other noise than was recorded is nothing but drift."""
+    source, trajectory, known = case
+    assert not fit(case, torch.zeros_like, Correction.MEAN, seed=5).any()
+    runs = runs_of(source.pipeline, trajectory, known, 3, seed=5)
+    given: list[Tensor] = []
+
+    def answer(call: int, batch: int, inputs: Any) -> Tensor:
+        given.append(inputs["sample"])
+        return torch.zeros_like(inputs["sample"])
+
+    roll(source.pipeline, trajectory, runs, answer, calls=1)
+    drift = (given[0] - trajectory.latents[0]).mean((0, 2, 3))
+    found = fit(case, torch.zeros_like, Correction.DRIFT, seed=5)
+    torch.testing.assert_close(found[0], -DRIFT_GAIN * drift, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("conditional_first", [False, True])
+def test_the_guided_prediction_is_what_is_corrected(tiny_model_folder: Path, conditional_first: bool) -> None:
+    source = load_source(tiny_model_folder)
+    how: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE, "resolution": RESOLUTION}
+    trajectory, known = record(source, PROMPTS, **how)
+    assert known.guidance is not None
+    trajectory = replace(trajectory, conditional_first=conditional_first)
+
+    def errors(output: Tensor) -> Tensor:
+        first = torch.arange(len(output)).reshape(-1, 1, 1, 1) < len(output) // 2
+        return torch.where(first, 0.01, 0.03).expand_as(output)
+
+    found = fit((source, trajectory, known), errors, Correction.MEAN)
+    unconditional, conditional = (0.03, 0.01) if conditional_first else (0.01, 0.03)
+    wanted = unconditional + known.guidance * (conditional - unconditional)
+    torch.testing.assert_close(found, torch.full_like(found, wanted), atol=1e-5, rtol=0)
+
+
+def test_outputs_of_either_form_are_corrected_by_call(case: Case) -> None:
+    denoiser = uncond.build((8, 8, 8)).eval()
+    sample = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = denoiser(sample, 3).sample
+        table, context = torch.stack([BIAS, -BIAS]), CallContext()
+        correct(denoiser, table, context)
+        for call in (0, 1):
+            with context.at(call):
+                for whole in (True, False):
+                    output = denoiser(sample, 3, return_dict=whole)
+                    found = output.sample if whole else output[0]
+                    torch.testing.assert_close(found, plain - table[call].reshape(1, 3, 1, 1))
+
+
+def test_drift_needs_predictions_of_noise(case: Case) -> None:
+    pipeline = load_source(case[0].path).pipeline
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    check_correction(pipeline, resolve("static", {"correction": "mean"}))
+    with pytest.raises(UserError, match="says v_prediction; write correction: mean"):
+        check_correction(pipeline, resolve("static", {"correction": "drift"}))
+
+
+def test_an_artefact_brings_its_correction(model: Path, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"n_prompts": 2, "steps": 3, "budget": "smoke", "bits": "w4a4"}
+    made = {
+        kind: halftone.quantize(str(model), "minmax", None, tmp_path / kind, axes={"correction": kind}, **how)
+        for kind in ("none", "mean", "drift")
+    }
+    stored = {kind: load_file(folder / "unet" / "quantized.safetensors") for kind, folder in made.items()}
+    assert "correction" not in stored["none"]
+    table = stored["mean"].pop("correction")
+    assert table.shape == (3, 3)
+    assert table.abs().max() > 0
+    assert stored["none"].keys() == stored["mean"].keys()
+    assert "correction" not in (made["none"] / "plan.json").read_text()
+    sample = torch.randn(1, 3, 32, 32)
+    found = {}
+    for kind, execution in (
+        ("none", Execution.SIMULATED),
+        ("mean", Execution.SIMULATED),
+        ("mean", Execution.INTEGER),
+    ):
+        pipeline = artefact.load(made[kind], execution=execution)
+        context, denoiser = pipeline._halftone_context, denoiser_of(pipeline)
+        timestep = int(context.timesteps[1])
+        with torch.no_grad(), context.at(1):
+            found[kind, execution] = denoiser(sample, timestep).sample
+    shift = table[1].reshape(1, 3, 1, 1)
+    torch.testing.assert_close(
+        found["mean", Execution.SIMULATED], found["none", Execution.SIMULATED] - shift, atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        found["mean", Execution.SIMULATED], found["mean", Execution.INTEGER], atol=1e-4, rtol=1e-4
+    )
+    drift = stored["drift"]["correction"]
+    torch.testing.assert_close(drift[0], table[0], atol=1e-5, rtol=0)  # nothing has drifted yet
+    assert not torch.allclose(drift[1], table[1], atol=1e-4)
+
+    bad = tmp_path / "bad"
+    shutil.copytree(made["mean"], bad)
+    save_file({**stored["mean"], "correction": table[:2]}, bad / "unet" / "quantized.safetensors")
+    write_manifest(bad)
+    with pytest.raises(UserError, match=r"correction has shape \(2, 3\), it should be \(3, 3\)"):
+        artefact.load(bad)
