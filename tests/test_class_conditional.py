@@ -101,7 +101,7 @@ def test_the_sampler_given_full_precisions_answers_comes_to_its_latents(
 
 
 def test_it_is_quantized_and_drawn_by_number(model: Path, tmp_path: Path) -> None:
-    axes = {"reparameterization_layers": "all", "rounds": 2}
+    axes = {"reparameterization_layers": "all", "rounds": 2, "correction": "drift"}
     how: dict[str, Any] = {"n_prompts": 2, "steps": STEPS, "budget": "smoke", "batch_size": 2}
     how["guidance"] = 7.5  # of the artefact, whatever is usual
     folder = halftone.quantize(str(model), "tcaq", None, tmp_path / "q", bits="w6a6b8", axes=axes, **how)

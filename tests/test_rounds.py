@@ -201,9 +201,11 @@ def test_soft_choices_are_gone_on_from() -> None:
     soft = SoftRounding(weight, params, noise=1.0, alpha=alpha)
     assert torch.equal(soft.alpha, alpha)
     assert soft.alpha.data_ptr() != alpha.data_ptr()
-    schedule = later(SCHEDULES[Budget.FAST], resolve("static", {"rounds": 2, "later_softness": 0.1}))
+    schedule = later(SCHEDULES[Budget.FAST], resolve("static", {"rounds": 2}))
     assert (schedule.iterations, schedule.warm_up, schedule.beta_start) == (38, 0.0, 10.0)
-    assert schedule.softness == 0.1
+    assert schedule.softness == 0.0
+    softened = later(SCHEDULES[Budget.FAST], resolve("static", {"rounds": 2, "later_softness": 0.1}))
+    assert (softened.warm_up, softened.softness) == (0.2, 0.1)
     assert schedule.samples == SCHEDULES[Budget.FAST].samples
 
 

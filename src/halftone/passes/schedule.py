@@ -41,12 +41,13 @@ class Schedule:
 
 def later(schedule: Schedule, axes: Axes) -> Schedule:
     """That of a round after the first: shorter, annealed from a lower exponent and without warm-up, since the
-    choices are made for the most part (our choice: of TCAQ-DM's PAR the paper tells no figures)."""
+    choices are made for the most part (our choice: of TCAQ-DM's PAR the paper tells no figures). Softened
+    choices have the first round's warm-up: without it the regulariser drives them back at once."""
     iterations = max(1, round(schedule.iterations * axes.later_iterations))
     return replace(
         schedule,
         iterations=iterations,
-        warm_up=0.0,
+        warm_up=schedule.warm_up if axes.later_softness else 0.0,
         beta_start=axes.later_beta,
         softness=axes.later_softness,
     )
