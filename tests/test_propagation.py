@@ -88,6 +88,8 @@ def test_drift_is_what_all_images_share() -> None:
         assert found[0] == pytest.approx((drift,) * 2, abs=1e-6)
         assert found[1] == pytest.approx((error,) * 2, abs=1e-6)
     assert drifts(reference[:, :1], reference[:, :1]) == ((), ())
+    alike = torch.zeros_like(reference)
+    assert drifts(alike, alike) == ((), ())
 
 
 def test_relaxed_calls_are_shaded_in_the_rows_colour() -> None:

@@ -148,6 +148,12 @@ def test_a_file_that_is_no_settings_is_named(tmp_path: Path, content: bytes | No
         config.settings(base=path)
 
 
+def test_merge_keys_are_no_repetition(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("base: &base {x: 1}\na: {b: {m: &m {<<: *base, x: 2}}}\nn: {<<: *m}\n")
+    assert config.read(path)["n"] == {"x": 2}
+
+
 def test_overlays_replace_leaves_and_keep_the_rest() -> None:
     base = {"a": {"b": 1, "c": 2}, "d": [1, 2]}
     assert config.merge(base, {"a": {"b": 3}, "d": [4], "e": 5}) == {"a": {"b": 3, "c": 2}, "d": [4], "e": 5}

@@ -109,7 +109,7 @@ def _work(settings: Settings, rule: Rule, key: str, speed: float) -> float:
         axes = settings.scenarios[key].resolved_axes()
         if axes.calibration_inputs is CalibrationInputs.PROGRESSIVE:
             observing *= 3  # one pass over the reference trajectory, then two calls where that has one
-        if axes.correction is not Correction.NONE:
+        if rule is Rule.CALIBRATE and axes.correction is not Correction.NONE:
             observing += 2 * settings.calibration.n_prompts * passes * _SIMULATED / speed
         if rule is Rule.SENSITIVITY:  # a window costs half a run, restored and disturbed
             observing += settings.calibration.n_prompts * passes * (3 + WINDOWS) * _SIMULATED / speed

@@ -152,11 +152,14 @@ def relative_errors(latents: Tensor, reference: Tensor) -> tuple[float, ...]:
 def drifts(latents: Tensor, reference: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """By call, of (calls, prompts, channels, ...): how far the mean of a channel is off, averaged over the
     prompts, in standard deviations of that mean between prompts; and the standard error of it. Both are root
-    mean squares over the channels, and empty for one prompt."""
-    if latents.shape[1] < 2:
+    mean squares over the channels, and empty for one prompt, prompts that do not differ, and latents that
+    are no images."""
+    if latents.ndim != 5 or latents.shape[1] < 2:
         return (), ()
     ours, theirs = (x.double().flatten(3).mean(dim=3) for x in (latents, reference))
     spread, errors = theirs.std(dim=1), ours - theirs
+    if not spread.all():
+        return (), ()
     noise = errors.std(dim=1) / latents.shape[1] ** 0.5
     rms = (((part / spread) ** 2).mean(dim=1).sqrt() for part in (errors.mean(dim=1), noise))
     shift, error = (tuple(float(f"{value:.6g}") for value in part.tolist()) for part in rms)

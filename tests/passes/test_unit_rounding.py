@@ -93,6 +93,18 @@ def test_choices_that_were_made_move_again_only_if_they_are_softened() -> None:
     assert found[0.0].keeps_first
     assert torch.equal(found[0.0].alpha["weight"], begun.alpha["weight"])
     assert found[0.1].mse_after == pytest.approx((0.3**2 + 0.2**2) / 2, abs=1e-6)
+    begun = Begun(found[0.1].codes, found[0.1].alpha)
+    no_better = learn(
+        module,
+        {"weight": WHOLE_STEPS},
+        data,
+        dataclasses.replace(again, iterations=1, softness=0.4),
+        32,
+        0,
+        begun=begun,
+    )
+    assert no_better.keeps_first
+    assert torch.equal(no_better.alpha["weight"], begun.alpha["weight"])
 
 
 class Two(nn.Module):

@@ -147,6 +147,7 @@ def _check_same_model(path: Path, provenance: Provenance, plan: Plan, source: So
         ("recipe", provenance.recipe, plan.recipe),
         ("bits", provenance.bits, plan.bits),
         ("protocol", provenance.protocol, plan.protocol),
+        ("correction", provenance.axes and provenance.axes.correction, plan.axes.correction),
     ):
         if theirs is not None and str(theirs) != str(ours):
             raise UserError(f"{path}: {key} is {theirs}, the plan's {ours}; run halftone analyze again")

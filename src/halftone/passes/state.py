@@ -55,7 +55,8 @@ ActivationParameters = dict[str, SiteParameters]
 class CalibrationState:
     """Everything that a recipe decided for a denoiser. timesteps, noise_levels: (n_calls,), of the
     calibrated calls. relaxed_calls: indices of those whose activations have the recipe's relaxed width.
-    denoiser_calls: that finding the activation parameters took, each on one batch. factors: (input channels,)
+    denoiser_calls: that finding the activation parameters and the correction took, each on one
+    batch. factors: (input channels,)
     by module, of a recipe that reparameterizes; weights and parameters are then of that denoiser. correction:
     (n_calls, output channels), to be taken off the denoiser's output."""
 

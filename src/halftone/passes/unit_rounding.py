@@ -121,7 +121,9 @@ def learn(
     polarisation = sum(one.polarisation() * weights[name].numel() for name, one in soft.items()) / total
     chosen = {name: one.alpha.detach().cpu() for name, one in soft.items()}
     learned = Learned(codes, mse_before, mse_after, polarisation, chosen)
-    return replace(learned, codes=first) if learned.keeps_first else learned
+    if not learned.keeps_first:
+        return learned
+    return replace(learned, codes=first, alpha=chosen if begun is None else dict(begun.alpha))
 
 
 def _error(output: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The step `calibrate`: weight codes and activation parameters."""
+"""The step `calibrate`: weight codes, activation parameters, and what is taken off the output."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def calibrate(
 
             def noise(draw: int) -> Runs:
                 seed = known.seed if draw == 0 else seed_of("noise", known.seed, f"draw {draw}")
-                return runs_of(source.pipeline, trajectory, known, batch_size, seed=seed)
+                return runs_of(source.pipeline.to(device.best()), trajectory, known, batch_size, seed=seed)
 
             made += progressive.denoiser_calls(choice.axes, trajectory.n_calls, batches)
             with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
@@ -134,7 +134,7 @@ def calibrate(
     correction = None
     if choice.axes.correction is not Correction.NONE:
         slots = trajectory.n_calls if per_call or relaxation else 1
-        runs = runs_of(source.pipeline, trajectory, known, batch_size)
+        runs = runs_of(source.pipeline.to(device.best()), trajectory, known, batch_size)
         with wrapped(
             denoiser, found, choice, context, slots, factors=factors, relaxation=relaxation
         ) as quantizers:

@@ -24,6 +24,7 @@ from halftone.denoiser import denoiser_of
 from halftone.errors import UserError
 from halftone.layers import WeightCodes
 from halftone.passes.checkpoint import seed_of
+from halftone.passes.correction import check_correction
 from halftone.passes.rollout import Inputs, Outputs, Rollout, Runs, roll, runs_of, teacher_forced
 from halftone.policies import Correction, TimeAxis
 from halftone.progress import Progress
@@ -71,6 +72,7 @@ def sensitivity(
     base, relaxed = choice.bits.activation, choice.axes.relaxed_bits
     if relaxed <= base:
         raise UserError(f"relaxed_bits {relaxed}: activations have {base} already; ask for more, or fewer")
+    check_correction(source.pipeline, choice.axes)
     without = {"relaxing": Interval.NONE, "correction": Correction.NONE}
     plain = replace(choice, axes=choice.axes.model_copy(update=without))
     state = calibrate(

@@ -17,25 +17,33 @@ PARAMS = Path("params.yaml")
 OVERLAYS = Path("experiments")
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that a mapping holds already: YAML would keep the last alone, and rows would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        said: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # refused by the settings
-            if key.value in said:
-                raise UserError(f"line {key.start_mark.line + 1}: {key.value!r} is said twice; leave one out")
-            said.add(key.value)
-        return super().construct_mapping(node, deep)
+def _parsed(text: str) -> Any:
+    """What YAML holds. Raises UserError for a key that a mapping has already: YAML would keep the last alone,
+    and rows would be lost."""
+    todo, seen = [yaml.compose(text, yaml.SafeLoader)], set()
+    while todo:
+        node = todo.pop()
+        if node is None or id(node) in seen:  # an alias stands for the same node
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            todo += node.value
+        elif isinstance(node, yaml.MappingNode):
+            said = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in said:
+                    line = key.start_mark.line + 1
+                    raise UserError(f"line {line}: {key.value!r} is said twice; leave one out")
+                said |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+                todo.append(value)
+    return yaml.safe_load(text)
 
 
 def read(path: Path | str) -> dict[str, Any]:
     """One YAML mapping. Raises UserError."""
     path = Path(path)
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        config = _parsed(path.read_text(encoding="utf-8"))
     except UserError as fault:
         raise UserError(f"{path}, {fault}") from None
     except FileNotFoundError:
