@@ -26,7 +26,8 @@ def verb(
 ) -> None:
     """Plot the error of the latents after every call, as the model samples and from full precision's latents.
 
-    Writes propagation.json and propagation.svg into a folder. Relaxed calls are shaded.
+    Writes propagation.json and propagation.svg into a folder. Relaxed calls are shaded. Drift is told too:
+    how far the mean of the latents is off, over all prompts, in standard deviations between prompts.
     """
     options.model(model, revision)
     options.existing(data, "calibration-data")
