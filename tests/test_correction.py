@@ -39,6 +39,7 @@ from halftone.source import Source, load_source
 from halftone.steps.record import record
 from halftone.trajectory import Trajectory
 from quantized import GUIDANCE, PROMPTS, RESOLUTION, STEPS
+from without_text import tiny
 
 BIAS = torch.tensor([0.03, -0.02, 0.01])
 Case = tuple[Source, Trajectory, Provenance]
@@ -46,10 +47,7 @@ Case = tuple[Source, Trajectory, Provenance]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    uncond.save(uncond.assemble(uncond.build((8, 8, 8))), folder)
-    return folder
+    return tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,12 @@ from halftone.files import read_json
 from halftone.plan import Division, Execution, Plan
 from halftone.recipes import resolve
 from halftone.runtime import integer
-from halftone.scenes import uncond
 from halftone.source import load_source
 from halftone.steps.calibrate import calibrate
 from halftone.steps.choice import choose
 from halftone.steps.record import record
 from halftone.steps.reparameterize import reparameterize
+from without_text import tiny
 
 PROMPTS = ["a small red star on a plain grey background", "a large blue ring on a plain grey background"]
 HOW: dict[str, Any] = {"steps": 3, "guidance": 3.0, "resolution": 16, "budget": "smoke", "batch_size": 2}
@@ -40,10 +40,7 @@ TENSORS = f"unet/{tensors.FILE}"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Without text, which is smaller."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    uncond.save(uncond.assemble(uncond.build((8, 8, 8))), folder)
-    return folder
+    return tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ from halftone.provenance import Provenance
 from halftone.quantizers.adaround import SoftRounding
 from halftone.quantizers.affine import fit_affine
 from halftone.recipes import resolve
-from halftone.scenes import uncond
 from halftone.settings import Budget, Reconstruction
 from halftone.source import Source, load_source
 from halftone.steps import reconstruct as step
@@ -32,6 +31,7 @@ from halftone.steps.choice import Choice, choose
 from halftone.steps.record import record
 from halftone.trajectory import Trajectory
 from reconstruction import reconstruct as plain
+from without_text import tiny
 
 SMOKE = Reconstruction(budget=Budget.SMOKE, batch_size=2)
 Recorded = tuple[Source, Trajectory, Provenance]
@@ -40,10 +40,7 @@ Recorded = tuple[Source, Trajectory, Provenance]
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     """A model without text, its trajectory of three calls and three images."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    uncond.save(uncond.assemble(uncond.build((8, 8, 8))), folder)
-    source = load_source(folder)
+    source = load_source(tiny(tmp_path_factory.mktemp("model")))
     return source, *record(source, 3, steps=3, guidance=None, resolution=None, batch_size=2)
 
 

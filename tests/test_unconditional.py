@@ -33,7 +33,6 @@ from halftone.passes.rollout import roll, runs_of, teacher_forced
 from halftone.propagation import propagation
 from halftone.report.summary import read_csv
 from halftone.sampling import load_subject, sample
-from halftone.scenes import uncond
 from halftone.settings import PromptSet
 from halftone.shards import SeedSet, read_shard
 from halftone.source import load_source
@@ -47,16 +46,14 @@ from halftone.unconditional import (
     set_of,
     usual_guidance,
 )
+from without_text import tiny
 
 COUNT = 5
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    uncond.save(uncond.assemble(uncond.build((8, 8, 8))), folder)
-    return folder
+    return tiny(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ OVERLAYS = Path("experiments")
 def _parsed(text: str) -> Any:
     """What YAML holds. Raises UserError for a key that a mapping has already: YAML would keep the last alone,
     and rows would be lost."""
-    todo, seen = [yaml.compose(text, yaml.SafeLoader)], set()
+    loader = yaml.SafeLoader(text)
+    whole = loader.get_single_node()
+    todo, seen = [whole], set()
     while todo:
         node = todo.pop()
         if node is None or id(node) in seen:  # an alias stands for the same node
@@ -36,7 +38,7 @@ def _parsed(text: str) -> Any:
                     raise UserError(f"line {line}: {key.value!r} is said twice; leave one out")
                 said |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
                 todo.append(value)
-    return yaml.safe_load(text)
+    return None if whole is None else loader.construct_document(whole)
 
 
 def read(path: Path | str) -> dict[str, Any]:
