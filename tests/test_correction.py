@@ -72,18 +72,20 @@ def off_by(denoiser: nn.Module, errors: Callable[[Tensor], Tensor]) -> Iterator[
         handle.remove()
 
 
-def fit(case: Case, errors: Callable[[Tensor], Tensor], kind: Correction) -> Tensor:
+def fit(
+    case: Case, errors: Callable[[Tensor], Tensor], kind: Correction, checkpoint: Path, facts: Any = None
+) -> Tensor:
     source, trajectory, known = case
     denoiser = denoiser_of(source.pipeline)
     runs = runs_of(source.pipeline, trajectory, known, 2)
     with off_by(denoiser, errors) as use:
         place = source.pipeline, denoiser, CallContext(), trajectory, runs
-        return fit_correction(*place, use, kind, known.guidance)
+        return fit_correction(*place, use, kind, known.guidance, checkpoint=checkpoint, facts=facts)
 
 
 @pytest.mark.parametrize("kind", [Correction.MEAN, Correction.DRIFT])
-def test_a_constant_error_is_found(case: Case, kind: Correction) -> None:
-    found = fit(case, lambda _: BIAS.reshape(1, 3, 1, 1), kind)
+def test_a_constant_error_is_found(case: Case, kind: Correction, tmp_path: Path) -> None:
+    found = fit(case, lambda _: BIAS.reshape(1, 3, 1, 1), kind, tmp_path)
     torch.testing.assert_close(found, BIAS.expand(4, 3), atol=1e-5, rtol=0)
 
 
@@ -106,7 +108,7 @@ def test_a_step_takes_half_of_the_drift_away(case: Case) -> None:
     assert not push(drift, 0.0, levels[0], levels[1]).any()
 
 
-def test_noise_does_not_run_away_where_the_sampler_clips(model: Path) -> None:
+def test_noise_does_not_run_away_where_the_sampler_clips(model: Path, tmp_path: Path) -> None:
     source = load_source(model)
     assert source.pipeline.scheduler.config.clip_sample
     trajectory, known = record(source, 4, steps=50, guidance=None, resolution=None)
@@ -115,12 +117,34 @@ def test_noise_does_not_run_away_where_the_sampler_clips(model: Path) -> None:
     def errors(output: Tensor) -> Tensor:
         return 0.1 * torch.randn(output.shape, generator=noise)
 
-    found = fit((source, trajectory, known), errors, Correction.DRIFT)
+    found = fit((source, trajectory, known), errors, Correction.DRIFT, tmp_path)
     assert found.abs().max() < 0.5
 
 
+def test_a_fit_that_was_interrupted_goes_on(case: Case, tmp_path: Path) -> None:
+    asked = [0]
+
+    def errors(output: Tensor) -> Tensor:
+        asked[0] += 1
+        if asked[0] == 6:
+            raise KeyboardInterrupt
+        return 0.1 * output**2
+
+    whole = fit(case, lambda output: 0.1 * output**2, Correction.DRIFT, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(case, errors, Correction.DRIFT, tmp_path / "cut")
+    finished, asked[0] = (asked[0] - 1) // 2, 6
+    assert torch.equal(fit(case, errors, Correction.DRIFT, tmp_path / "cut"), whole)
+    batches = 2
+    assert asked[0] - 6 == batches * (len(whole) - finished)
+    fit(case, errors, Correction.DRIFT, tmp_path / "cut", facts="of another row")
+    assert asked[0] - 6 == batches * (2 * len(whole) - finished)
+
+
 @pytest.mark.parametrize("conditional_first", [False, True])
-def test_the_guided_prediction_is_what_is_corrected(tiny_model_folder: Path, conditional_first: bool) -> None:
+def test_the_guided_prediction_is_what_is_corrected(
+    tiny_model_folder: Path, conditional_first: bool, tmp_path: Path
+) -> None:
     source = load_source(tiny_model_folder)
     how: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE, "resolution": RESOLUTION}
     trajectory, known = record(source, PROMPTS, **how)
@@ -131,7 +155,7 @@ def test_the_guided_prediction_is_what_is_corrected(tiny_model_folder: Path, con
         first = torch.arange(len(output)).reshape(-1, 1, 1, 1) < len(output) // 2
         return torch.where(first, 0.01, 0.03).expand_as(output)
 
-    found = fit((source, trajectory, known), errors, Correction.MEAN)
+    found = fit((source, trajectory, known), errors, Correction.MEAN, tmp_path)
     unconditional, conditional = (0.03, 0.01) if conditional_first else (0.01, 0.03)
     wanted = unconditional + known.guidance * (conditional - unconditional)
     torch.testing.assert_close(found, torch.full_like(found, wanted), atol=1e-5, rtol=0)

@@ -10,6 +10,7 @@ estimate of the image cuts off on one side what noise, of no mean, pushes past t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.correction import channels_of, taken_off
 from halftone.errors import UserError
+from halftone.files import explain_disk_faults
+from halftone.passes import checkpoint as checkpoints
 from halftone.passes.rollout import Inputs, Runs, roll_together
 from halftone.policies import Correction
 from halftone.progress import Progress
@@ -55,20 +58,42 @@ def fit_correction(
     use: Callable[[bool], None],
     correction: Correction,
     guidance: float | None,
+    *,
+    checkpoint: Path,
+    facts: Any = None,
 ) -> Tensor:
     """What to take off, (calls, output channels), float32; 0 for channels that are no prediction.
 
     denoiser: that of `pipeline`, wrapped; `use(True)` has it compute with codes, `use(False)` in full
-    precision. guidance: of the trajectory. Raises UserError where the sampler makes other calls than were
-    recorded.
+    precision. guidance: of the trajectory. checkpoint: a folder with a file per finished call; the same
+    arguments, and `facts` of what the denoiser's state does not tell, go on from it with the same bits. The
+    caller removes it. Raises UserError where the sampler makes other calls than were recorded.
     """
     channels = trajectory.latents.shape[2]
     table = torch.zeros(trajectory.n_calls, channels_of(denoiser))
     levels = [*trajectory.noise_levels.tolist(), 0.0]
     limit = _clips_at(pipeline.scheduler)
     progress = Progress("correct", trajectory.n_calls)
+    use(True)
+    batches = [(ids.start, ids.stop) for ids, _ in runs]
+    mark = checkpoints.fingerprint(denoiser, trajectory, (correction.value, guidance, batches, facts))
+    with explain_disk_faults(checkpoint):
+        checkpoint.mkdir(parents=True, exist_ok=True)
 
     def answers(call: int, given: Iterator[Inputs]) -> list[Tensor]:
+        path = checkpoint / f"call-{call:04d}.safetensors"
+        kept = checkpoints.load(path, mark)
+        if kept is None:
+            outputs = fitted(call, given)
+            parts = {f"output/{place}": output for place, output in enumerate(outputs)}
+            checkpoints.save(path, {"shift": table[call], **parts}, mark)
+        else:
+            table[call] = kept["shift"]
+            outputs = [kept[f"output/{place}"] for place in range(len(runs))]
+        progress.advance()
+        return [taken_off(output, table[call]) for output in outputs]
+
+    def fitted(call: int, given: Iterator[Inputs]) -> list[Tensor]:
         outputs, means, drifts, shares = [], [], [], []
         for (ids, _), inputs in zip(runs, given, strict=True):
             with context.at(call):
@@ -87,8 +112,7 @@ def fit_correction(
             kept = float(torch.cat(shares).mean())
             shift = shift - push(torch.cat(drifts).mean(0), kept, levels[call], levels[call + 1])
         table[call, :channels] = shift.float()
-        progress.advance()
-        return [taken_off(output, table[call]) for output in outputs]
+        return outputs
 
     roll_together(pipeline, trajectory, runs, answers)
     return table

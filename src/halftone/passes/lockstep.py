@@ -76,7 +76,7 @@ class _Run(threading.Thread):
         answer = self.answers.get()
         if answer is None:
             raise _Abandoned
-        return answer
+        return answer.to(latents.device)  # one kept from an earlier run comes from the CPU
 
     def begin(self) -> Tensor | None:
         """Start, and wait for what the run asks for first; None if it ends. Raises what the run raised."""

@@ -7,7 +7,7 @@ already, at no cost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,8 +68,8 @@ def inputs_at(trajectory: Trajectory, call: int, ids: range, latents: Tensor) ->
 @dataclass(frozen=True)
 class Rollout:
     """What a run came to: the latents after every call, (calls, prompts, ...), on the CPU; the outputs that
-    the sampler was given; and what the pipeline returned, by batch; nothing if it was stopped before the
-    end."""
+    the sampler was given, where they were kept; and what the pipeline returned, by batch; nothing if it was
+    stopped before the end."""
 
     latents: Tensor
     outputs: Outputs
@@ -89,9 +89,11 @@ def roll(
     """
 
     def answers(call: int, given: Iterator[Inputs]) -> list[Tensor]:
-        return [answer(call, batch, inputs) for batch, inputs in enumerate(given)]
+        outputs.append([answer(call, batch, inputs) for batch, inputs in enumerate(given)])
+        return outputs[-1]
 
-    return roll_together(pipeline, trajectory, runs, answers, calls)
+    outputs: Outputs = []
+    return replace(roll_together(pipeline, trajectory, runs, answers, calls), outputs=outputs)
 
 
 def roll_together(
@@ -102,10 +104,9 @@ def roll_together(
     calls: int | None = None,
 ) -> Rollout:
     """As `roll`, with `answers(call, inputs of every batch)`, which sees all batches of a call before it
-    answers any."""
+    answers any; outputs are not kept."""
     wanted = trajectory.n_calls if calls is None else calls
     latents: list[Tensor] = []
-    outputs: Outputs = []
     with torch.no_grad(), Lockstep(pipeline, [arguments for _, arguments in runs]) as sampler:
         for call in range(wanted):
             if len(sampler.latents) != len(runs):
@@ -114,9 +115,7 @@ def roll_together(
                     "run calibration-data again"
                 )
             pairs = zip(runs, sampler.latents, strict=True)
-            given = answers(call, (inputs_at(trajectory, call, ids, now) for (ids, _), now in pairs))
-            sampler.answer(given)
-            outputs.append(given)
+            sampler.answer(answers(call, (inputs_at(trajectory, call, ids, now) for (ids, _), now in pairs)))
             # some pipelines step both halves of guidance, which stay alike
             pairs_after = zip(runs, sampler.after, strict=True)
             latents.append(torch.cat([after[: len(ids)].cpu() for (ids, _), after in pairs_after]))
@@ -125,7 +124,7 @@ def roll_together(
                 f"the sampler goes on after the {wanted} recorded calls; run calibration-data again"
             )
         results = sampler.results if calls is None else []
-    return Rollout(torch.stack(latents), outputs, results)
+    return Rollout(torch.stack(latents), [], results)
 
 
 def teacher_forced(

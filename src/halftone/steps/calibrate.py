@@ -139,8 +139,19 @@ def calibrate(
             denoiser, found, choice, context, slots, factors=factors, relaxation=relaxation
         ) as quantizers:
             use = in_use(denoiser, quantizers, weights, activations, choice.bits)
-            place = source.pipeline, denoiser, context, trajectory, runs
-            correction = fit_correction(*place, use, choice.axes.correction, known.guidance)
+            with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
+                correction = fit_correction(
+                    source.pipeline,
+                    denoiser,
+                    context,
+                    trajectory,
+                    runs,
+                    use,
+                    choice.axes.correction,
+                    known.guidance,
+                    checkpoint=(work or Path(spare)) / "correction",
+                    facts=(choice.axes.model_dump(mode="json"), str(choice.bits)),
+                )
         made += 2 * trajectory.n_calls * len(runs)
     return CalibrationState(
         dict(weights),
