@@ -71,6 +71,8 @@ def test_progressive_calibration_is_an_axis_of_any_per_call_recipe(
         ),
         ({"shortcut": "split", "time_axis": "dynamic"}, "needs stored parameters"),
         ({"colour": "red"}, "colour"),
+        ({"rounds": True}, "valid integer"),
+        ({"groups": "8"}, "valid integer"),
     ],
 )
 def test_choices_that_contradict_each_other_are_refused(axes: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    StrictInt,
     model_serializer,
     model_validator,
 )
@@ -77,7 +78,7 @@ class Axes(BaseModel):
     reparameterization_layers: ReparameterizedLayers = Field(
         ReparameterizedLayers.CONVOLUTIONS, description="layers that are reparameterized"
     )
-    reparameterization_groups: int | None = Field(
+    reparameterization_groups: StrictInt | None = Field(
         None, ge=1, description="tcr: uniform groups of calls with statistics of their own; null: every call"
     )
     reparameterization_limit: float = Field(10.0, ge=1, le=1000, description="largest factor of a channel")
@@ -93,7 +94,7 @@ class Axes(BaseModel):
     )
     rounding: Rounding = Field(Rounding.NEAREST, description="nearest, or learned by block reconstruction")
     unit_input: UnitInput = Field(UnitInput.QUANTIZED_PREFIX, description="inputs of block reconstruction")
-    rounds: int = Field(
+    rounds: StrictInt = Field(
         1,
         ge=1,
         le=10,
@@ -144,12 +145,12 @@ class Axes(BaseModel):
         lt=1,
         description="likelihood_ratio: quantile of the positive values where both laws begin; null: least",
     )
-    adaptive_groups: int | None = Field(
+    adaptive_groups: StrictInt | None = Field(
         None,
         ge=1,
         description="adaptive: uniform groups of calls that share a choice; null: every call its own",
     )
-    groups: int = Field(
+    groups: StrictInt = Field(
         1,
         ge=1,
         le=MOST_GROUPS,
@@ -174,7 +175,7 @@ class Axes(BaseModel):
         description="calls whose activations get more bits: none, near_x0, near_xT, auto, {share: [s, e]} "
         "or {calls: [...]}",
     )
-    relaxed_bits: int = Field(10, ge=LOWEST, le=HIGHEST, description="activation bits of relaxed calls")
+    relaxed_bits: StrictInt = Field(10, ge=LOWEST, le=HIGHEST, description="activation bits of relaxed calls")
     relaxed_budget: float | None = Field(
         None,
         gt=0,

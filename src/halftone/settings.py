@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from halftone.axes import Axes
 from halftone.errors import UserError
@@ -77,14 +85,16 @@ class Budget(StrEnum):
 class Model(_Section):
     path: str = Field(description="diffusers folder, hub id, or single .safetensors file")
     revision: str | None = Field(None, description="hub revision; needed for a hub id")
-    steps: int = Field(25, ge=1, le=1000, description="inference steps of the sampler")
+    steps: StrictInt = Field(25, ge=1, le=1000, description="inference steps of the sampler")
     guidance: float = Field(
         GUIDANCE,
         ge=0,
         le=50,
         description=f"classifier-free guidance scale; {CLASS_GUIDANCE:g} by default if class_conditional",
     )
-    resolution: int = Field(64, ge=8, le=4096, multiple_of=8, description="image height and width, in pixels")
+    resolution: StrictInt = Field(
+        64, ge=8, le=4096, multiple_of=8, description="image height and width, in pixels"
+    )
     unconditional: bool = Field(
         False, description="draws without a prompt: its images are numbered, and guidance does not apply"
     )
@@ -125,7 +135,7 @@ class Tier(_Section):
     prompts: PromptSet = Field(
         description="prompt set that images are sampled for; of a model without text, the set of noise"
     )
-    n_images: int = Field(ge=1, le=100_000, description="images per row and seed set")
+    n_images: StrictInt = Field(ge=1, le=100_000, description="images per row and seed set")
     paired: bool = Field(
         False, description="seed set A only, and the latents of every call: paired figures, no distances"
     )
@@ -139,21 +149,21 @@ class PromptSource(_Section):
     format: PromptFormat = PromptFormat.LINES
     member: str | None = Field(None, description="the file in a zip that holds the prompts")
     column: str | None = Field(None, description="of a parquet file; default Prompt")
-    count: int = Field(5000, ge=1, le=1_000_000, description="prompts drawn from the file")
-    seed: int = Field(0, ge=0, description="of the draw")
+    count: StrictInt = Field(5000, ge=1, le=1_000_000, description="prompts drawn from the file")
+    seed: StrictInt = Field(0, ge=0, description="of the draw")
 
 
 class Calibration(_Section):
-    n_prompts: int = Field(
+    n_prompts: StrictInt = Field(
         16, ge=1, le=10_000, description="calibration prompts used, from the top of the file; or images"
     )
-    batch_size: int = Field(16, ge=1, le=4096, description="prompts per denoiser call")
+    batch_size: StrictInt = Field(16, ge=1, le=4096, description="prompts per denoiser call")
 
 
 class Reconstruction(_Section):
     budget: Budget = Field(Budget.FAST, description="iterations as a share of the published schedule")
-    batch_size: int = Field(32, ge=1, le=4096, description="samples per iteration")
-    cache_mib: int = Field(
+    batch_size: StrictInt = Field(32, ge=1, le=4096, description="samples per iteration")
+    cache_mib: StrictInt = Field(
         2048, ge=16, description="memory for a unit's cached inputs and outputs; more spills to disk"
     )
 
@@ -163,9 +173,11 @@ class Reconstruction(_Section):
 
 
 class Sampling(_Section):
-    shard_size: int = Field(256, ge=1, description="images per job; larger rows are sampled in shards")
-    seed_a: int = Field(1, ge=0, description="seed set A: the reference noise")
-    seed_b: int = Field(2, ge=0, description="seed set B: disjoint noise, for unpaired figures and the floor")
+    shard_size: StrictInt = Field(256, ge=1, description="images per job; larger rows are sampled in shards")
+    seed_a: StrictInt = Field(1, ge=0, description="seed set A: the reference noise")
+    seed_b: StrictInt = Field(
+        2, ge=0, description="seed set B: disjoint noise, for unpaired figures and the floor"
+    )
 
 
 class Metrics(_Section):
@@ -173,7 +185,7 @@ class Metrics(_Section):
         "scenes", pattern=r"^(scenes|inception)$", description="feature network of FID and KID"
     )
     clip: str = Field("scenes", description="`scenes`, or an open_clip model as ARCHITECTURE/WEIGHTS")
-    bootstrap: int = Field(1000, ge=100, le=100_000, description="resamples of paired intervals")
+    bootstrap: StrictInt = Field(1000, ge=100, le=100_000, description="resamples of paired intervals")
     image_reward_python: str | None = Field(
         None, description="interpreter of an environment with image-reward, for `snakemake image_reward`"
     )
@@ -221,7 +233,7 @@ class Scenario(_Section):
 
 
 class Settings(_Section):
-    seed: int = Field(0, ge=0, description="seed of everything that is not image noise")
+    seed: StrictInt = Field(0, ge=0, description="seed of everything that is not image noise")
     tier: str = Field(description="which rows the default target builds")
     models: dict[str, Model] = Field(min_length=1)
     prompts: dict[PromptSet, str] = Field(
