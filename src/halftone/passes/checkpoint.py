@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from halftone import __version__
-from halftone.files import writing
+from halftone.files import explain_disk_faults, writing
 from halftone.imports import code_hash
 from halftone.trajectory import Trajectory
 
@@ -41,6 +41,12 @@ def fingerprint(denoiser: nn.Module, trajectory: Trajectory, facts: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def folder(path: Path) -> None:
+    """Where files will lie, made if it is not there. Raises UserError where that cannot be."""
+    with explain_disk_faults(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], mark: str) -> None:

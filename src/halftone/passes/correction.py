@@ -20,7 +20,6 @@ from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.correction import channels_of, taken_off
 from halftone.errors import UserError
-from halftone.files import explain_disk_faults
 from halftone.passes import checkpoint as checkpoints
 from halftone.passes.rollout import Inputs, Runs, roll_together
 from halftone.policies import Correction
@@ -74,11 +73,10 @@ def fit_correction(
     levels = [*trajectory.noise_levels.tolist(), 0.0]
     limit = _clips_at(pipeline.scheduler)
     progress = Progress("correct", trajectory.n_calls)
-    use(True)
+    use(True)  # so that the mark sees the codes
     batches = [(ids.start, ids.stop) for ids, _ in runs]
     mark = checkpoints.fingerprint(denoiser, trajectory, (correction.value, guidance, batches, facts))
-    with explain_disk_faults(checkpoint):
-        checkpoint.mkdir(parents=True, exist_ok=True)
+    checkpoints.folder(checkpoint)
 
     def answers(call: int, given: Iterator[Inputs]) -> list[Tensor]:
         path = checkpoint / f"call-{call:04d}.safetensors"

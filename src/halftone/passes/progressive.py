@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.errors import UserError
-from halftone.files import explain_disk_faults
 from halftone.passes import checkpoint as checkpoints
 from halftone.passes.calibrate import NONE, Walk
 from halftone.passes.lockstep import Lockstep
@@ -65,8 +64,7 @@ def calibrate_progressively(
     widths = {name: quantizer.widths for name, quantizer in quantizers.items()}
     batches = [(ids.start, ids.stop) for ids, _ in runs(0)]
     mark = checkpoints.fingerprint(denoiser, trajectory, (axes.model_dump(mode="json"), widths, batches))
-    with explain_disk_faults(checkpoint):
-        checkpoint.mkdir(parents=True, exist_ok=True)
+    checkpoints.folder(checkpoint)
     # a partition that all calls share cannot wait for the last of them
     shared = axes.group_layout is GroupLayout.ALIGNED
     groups = {name: one.groups for name, one in reference.items() if shared and one.groups is not None}

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from halftone.axes import Axes
 from halftone.calls import CallContext
 from halftone.denoiser import SiteKind, blocks, width_at
-from halftone.files import explain_disk_faults
 from halftone.layers import WeightCodes
 from halftone.passes import checkpoint as checkpoints
 from halftone.passes.samples import choose_samples
@@ -65,8 +64,7 @@ def learn_step_sizes(
         digest.update(f"{name} {quantizers[name].bits} {parameters.scale.tolist()}".encode())
     for name, weight in codes.items():
         digest.update(f"{name} ".encode() + weight.codes.contiguous().numpy().tobytes())
-    with explain_disk_faults(checkpoint):
-        checkpoint.mkdir(parents=True, exist_ok=True)
+    checkpoints.folder(checkpoint)
     try:
         with context.at(0):  # shared parameters: any call's slot is the only one
             work.run(digest.hexdigest(), checkpoint)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -100,7 +101,7 @@ def calibrate(
                 return runs_of(source.pipeline.to(device.best()), trajectory, known, batch_size, seed=seed)
 
             made += progressive.denoiser_calls(choice.axes, trajectory.n_calls, batches)
-            with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
+            with _folder(work, "progressive") as place:
                 activations = progressive.calibrate_progressively(
                     source.pipeline,
                     denoiser,
@@ -110,12 +111,12 @@ def calibrate(
                     choice.axes,
                     activations,
                     noise,
-                    checkpoint=(work or Path(spare)) / "progressive",
+                    checkpoint=place,
                 )
         if learned:
             for layer in quantized_layers(denoiser).values():
                 layer.use_full_precision(True)
-            with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
+            with _folder(work, "step_sizes") as place:
                 activations = learn_step_sizes(
                     denoiser,
                     quantizers,
@@ -127,7 +128,7 @@ def calibrate(
                     how or Reconstruction(),
                     bits=choice.bits,
                     seed=known.seed,
-                    checkpoint=(work or Path(spare)) / "step_sizes",
+                    checkpoint=place,
                 )
         if relaxation is not None and not per_call:
             activations = relax_shared(activations, quantizers, relaxation, trajectory.n_calls)
@@ -139,7 +140,7 @@ def calibrate(
             denoiser, found, choice, context, slots, factors=factors, relaxation=relaxation
         ) as quantizers:
             use = in_use(denoiser, quantizers, weights, activations, choice.bits)
-            with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
+            with _folder(work, "correction") as place:
                 correction = fit_correction(
                     source.pipeline,
                     denoiser,
@@ -149,7 +150,7 @@ def calibrate(
                     use,
                     choice.axes.correction,
                     known.guidance,
-                    checkpoint=(work or Path(spare)) / "correction",
+                    checkpoint=place,
                     facts=(choice.axes.model_dump(mode="json"), str(choice.bits)),
                 )
         made += 2 * trajectory.n_calls * len(runs)
@@ -163,3 +164,10 @@ def calibrate(
         dict(factors or {}),
         correction,
     )
+
+
+@contextmanager
+def _folder(work: Path | None, name: str) -> Iterator[Path]:
+    """Where checkpoints of a name lie; without `work` they are gone at the end."""
+    with tempfile.TemporaryDirectory(prefix="halftone-") as spare:
+        yield (work or Path(spare)) / name
